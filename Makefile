@@ -1,0 +1,69 @@
+# `make demo` and `make test` do everything from a fresh clone: they need Python 3.10 or later, g++ and make.
+# The environment is .venv/ in this folder. PYTHON names the Python that it is created with.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt drsl_kernels/_version.py $(wildcard csrc/* csrc/*/*)
+CPP_FILES = $$(find csrc tests/cpp -name '*.h' -o -name '*.cpp')
+PYTEST_ARGS ?=
+
+# cmake and ninja may be in the environment only.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help install demo test lint format cpp-test bench clean
+.DEFAULT_GOAL := help
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+install: $(INSTALLED) ## Create .venv/ and install the package into it, in place
+
+demo: $(INSTALLED) ## Train on handwritten digits, attack the models, write results/demo/
+	$(BIN)/drsl compare --out results/demo
+
+test: lint cpp-test ## Linters, C++ tests (plain and sanitized), Python tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED) ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+
+format: $(INSTALLED) ## Apply the style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+cpp-test: $(INSTALLED) ## C++ tests, plain and under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(call run_ctest,build/tests,-DDRSL_SANITIZE=OFF)
+	$(call run_ctest,build/tests-sanitized,-DDRSL_SANITIZE=ON)
+
+bench: $(INSTALLED) ## Speed against F.cross_entropy, by pytest-benchmark
+	$(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)
+
+clean: ## Remove everything that was built, and .venv/
+	rm -rf $(VENV) build dist *.egg-info drsl_kernels/_C*.so drsl_kernels/_build_info.json
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+
+define run_ctest
+mkdir -p $(1)
+cmake -S . -B $(1) -G Ninja -DDRSL_BUILD_EXTENSION=OFF -DDRSL_BUILD_TESTS=ON $(2) > $(1).log || { cat $(1).log; exit 1; }
+cmake --build $(1) && cd $(1) && ctest --output-on-failure
+endef
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "drsl_kernels needs Python 3.10 or later; $(PYTHON) is not: name another with make PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# --no-build-isolation builds against the torch of this environment, so that comes first.
+$(INSTALLED): $(BIN)/python $(BUILD_INPUTS)
+	$(PIP) install -q -c constraints.txt torch 'setuptools>=77' ninja pybind11
+	command -v cmake > /dev/null || $(PIP) install -q -c constraints.txt cmake
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[lab,test,dev]'
+	@$(BIN)/python -W ignore -c 'import drsl_kernels; print(drsl_kernels.info())'
+	@touch $@
