@@ -1,0 +1,140 @@
+// What the two CPU kernels share: a Task with its types resolved, and the step from the statistics of a block of
+// rows (one row per lane) to their losses, outputs and gradient coefficients. Relies on memory.h.
+#pragma once
+
+#include "kernels.h"
+#include "memory.h"
+
+namespace drsl {
+inline namespace DRSL_ISA {
+
+// Which terms a call needs; each combination is compiled by itself.
+template <bool kSquaresNeeded, bool kMomentsNeeded, bool kWeightedMeanNeeded>
+struct TermSet {
+  static constexpr bool kSquares = kSquaresNeeded;            // A2, and the coefficient b
+  static constexpr bool kMoments = kMomentsNeeded;            // V, and the coefficients c and d
+  static constexpr bool kWeightedMean = kWeightedMeanNeeded;  // nu and U: smoothing with class weights
+};
+
+template <class D>
+struct Call {
+  using S = Accumulator<D>;
+
+  explicit Call(const Task& t)
+      : params{t.truth, t.distance, S(t.q), S(t.scale), S(t.margin), S(t.smoothing)},
+        task(t),
+        logits(static_cast<const D*>(t.logits)),
+        grad(static_cast<D*>(t.grad)),
+        class_weights(static_cast<const S*>(t.class_weights)),
+        tau_rows(static_cast<const S*>(t.tau_rows)),
+        upstream(static_cast<const S*>(t.upstream)) {}
+
+  LossParams<S> params;
+  const Task& task;
+  const D* logits;
+  D* grad;
+  const S* class_weights;
+  const S* tau_rows;
+  const S* upstream;
+
+  bool ignored(int64_t row) const { return task.labels[row] == task.ignore_index; }
+};
+
+// Offsets, in elements, of rows first .. first + n - 1 in the logits and in their gradient.
+DRSL_FN void row_offsets(const RowLayout& layout, int64_t first, int64_t n, int64_t* logits, int64_t* grad) {
+  if (layout.dims == 1) {
+    for (int64_t i = 0; i < n; ++i) {
+      logits[i] = (first + i) * layout.logits_strides[0];
+      grad[i] = (first + i) * layout.grad_strides[0];
+    }
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    int64_t rest = first + i, at = 0, grad_at = 0;
+    for (int d = layout.dims - 1; d >= 0; --d) {
+      const int64_t index = rest % layout.sizes[d];
+      rest /= layout.sizes[d];
+      at += index * layout.logits_strides[d];
+      grad_at += index * layout.grad_strides[d];
+    }
+    logits[i] = at;
+    grad[i] = grad_at;
+  }
+}
+
+// Sum of row losses, in double whatever the lanes: the order of additions does not depend on the threads.
+template <class S>
+struct LossSum {
+  using Wide = typename Vec<S>::Wide;
+  Wide lanes = {};
+
+  DRSL_FN void add(Vec<S> loss) { lanes += __builtin_convertvector(loss.v, Wide); }
+  double total() const {
+    double sum = 0;
+    for (int i = 0; i < Vec<S>::kLanes; ++i) sum += lanes[i];
+    return sum;
+  }
+};
+
+// Gradient of a block of rows, each row in its lane, scaled: with e_k = exp(z_k - M),
+//   k != y:  e_k (a + b e_k) + c (z_k - mean) - d - smooth u_k        k == y:  label
+template <class S>
+struct BlockGrad {
+  Vec<S> a, b, c, d, mean, smooth, label;
+};
+
+template <class S>
+DRSL_FN Vec<S> read_rows(const void* rows, int64_t first, int64_t n) {
+  return load_first(static_cast<const S*>(rows) + first, n);
+}
+
+template <class S>
+DRSL_FN void write_rows(void* rows, int64_t first, int64_t n, Vec<S> x) {
+  if (rows) store_first(static_cast<S*>(rows) + first, x, n);
+}
+
+// Losses, outputs and gradient coefficients of rows first .. first + n - 1. Lanes of ignored rows give zeros.
+// rest_weight and rest_mean are U and nu; where the call has no class weights they are n and mu.
+template <class D, class S = Accumulator<D>>
+DRSL_FN BlockGrad<S> finish_block(const Call<D>& call, int64_t first, int64_t n, const RowStats<Vec<S>>& stats,
+                                  Vec<S> label_logit, Vec<S> rest_weight, Vec<S> rest_mean, LossSum<S>& sum) {
+  constexpr int kLanes = Vec<S>::kLanes;
+  const Task& t = call.task;
+  const Vec<S> zero(S(0)), one(S(1));
+  S counted[kLanes] = {}, weights[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) {
+    const bool counts = !call.ignored(first + i);
+    counted[i] = counts ? S(1) : S(0);
+    weights[i] = !counts ? S(0) : call.class_weights ? call.class_weights[t.labels[first + i]] : S(1);
+  }
+  const Mask<S> valid = load(static_cast<const S*>(counted)) != zero;
+  const Vec<S> weight = load(static_cast<const S*>(weights));
+  const Vec<S> tau = call.tau_rows ? read_rows<S>(call.tau_rows, first, n) : Vec<S>(S(t.tau));
+
+  const RowInput<Vec<S>> in{label_logit, tau, weight, rest_weight, rest_mean};
+  const RowLoss<Vec<S>> row = row_loss(call.params, stats, in);
+  const Vec<S> loss = select(valid, row.loss, zero);
+  sum.add(loss);
+  write_rows(t.loss, first, n, loss);
+  write_rows(t.cross_entropy, first, n, select(valid, row.cross_entropy, zero));
+  write_rows(t.distance_out, first, n, select(valid, row.distance, zero));
+  write_rows(t.margin_out, first, n, select(valid, row.margin, zero));
+  write_rows(t.tau_grad, first, n, select(valid, row.distance * weight, zero));
+
+  Vec<S> scale(S(t.grad_scale));
+  if (call.upstream) {
+    scale = scale * (t.upstream_stride ? read_rows<S>(call.upstream, first, n) : Vec<S>(*call.upstream));
+  }
+  scale = select(valid, scale, zero);
+  const Vec<S> per_sum = one / select(stats.sum_exp == zero, one, stats.sum_exp);
+  return {row.a * scale * per_sum,
+          row.b * scale * per_sum * per_sum,
+          row.c * scale,
+          (call.class_weights ? row.d : row.d + row.smooth) * scale,  // without class weights u_k = 1
+          stats.mean,
+          row.smooth * scale,
+          row.label * scale};
+}
+
+}  // namespace DRSL_ISA
+}  // namespace drsl

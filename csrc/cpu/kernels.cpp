@@ -1,0 +1,97 @@
+// Chooses kernel and variant for a task. This file is compiled once per instruction set: DRSL_ISA names the set,
+// and with it the namespace of everything that the headers define. Relies on row_kernel.h and tile_kernel.h;
+// dispatch.cpp picks one of the resulting tables at run time.
+#include "row_kernel.h"
+#include "tile_kernel.h"
+
+#define DRSL_QUOTE(x) #x
+#define DRSL_NAME(x) DRSL_QUOTE(x)
+
+namespace drsl {
+inline namespace DRSL_ISA {
+namespace {
+
+// Rows of at most this many adjacent classes go through tiles: the transpose costs less than a reduction and a
+// ragged end per row.
+constexpr int64_t kTileClasses = 128;
+
+bool use_tiles(const Task& t) {
+  return t.classes <= kTileClasses || t.layout.logits_class_stride != 1 ||
+         (t.grad && t.layout.grad_class_stride != 1);
+}
+
+template <class S>
+int64_t scratch_elements(const Task& t) {
+  if (use_tiles(t)) return 2 * t.classes * Vec<S>::kLanes;
+  return block_rows<S>(t.classes) * padded<S>(t.classes);
+}
+
+int64_t scratch_bytes(const Task& t) {
+  return t.dtype == DType::float64 ? 8 * scratch_elements<double>(t) : 4 * scratch_elements<float>(t);
+}
+
+template <class Terms, bool kGrad, class D>
+double run_terms(const Task& t, int64_t begin, int64_t end, void* scratch) {
+  using S = Accumulator<D>;
+  const Call<D> call(t);
+  LossSum<S> sum;
+  S* const workspace = static_cast<S*>(scratch);
+  if (use_tiles(t)) {
+    for (int64_t row = begin; row < end; row += Vec<S>::kLanes) {
+      const int64_t n = end - row < Vec<S>::kLanes ? end - row : Vec<S>::kLanes;
+      tile_block<Terms, kGrad>(call, row, n, workspace, sum);
+    }
+  } else {
+    const int64_t step = block_rows<S>(t.classes);
+    for (int64_t row = begin; row < end; row += step) {
+      row_block<Terms, kGrad>(call, row, end - row < step ? end - row : step, workspace, sum);
+    }
+  }
+  return sum.total();
+}
+
+template <class D, bool kGrad>
+double run_typed(const Task& t, int64_t begin, int64_t end, void* scratch) {
+  if (t.smoothing > 0 && t.class_weights) return run_terms<TermSet<true, true, true>, kGrad, D>(t, begin, end, scratch);
+  if (t.smoothing > 0 || needs_moments(t.distance)) {
+    return run_terms<TermSet<true, true, false>, kGrad, D>(t, begin, end, scratch);
+  }
+  if (needs_squares(t.distance)) return run_terms<TermSet<true, false, false>, kGrad, D>(t, begin, end, scratch);
+  return run_terms<TermSet<false, false, false>, kGrad, D>(t, begin, end, scratch);
+}
+
+template <class D>
+double run_dtype(const Task& t, int64_t begin, int64_t end, void* scratch) {
+  return t.grad ? run_typed<D, true>(t, begin, end, scratch) : run_typed<D, false>(t, begin, end, scratch);
+}
+
+double run(const Task& t, int64_t begin, int64_t end, void* scratch) {
+  switch (t.dtype) {
+    case DType::float64:
+      return run_dtype<double>(t, begin, end, scratch);
+    case DType::bfloat16:
+      return run_dtype<BFloat16>(t, begin, end, scratch);
+    case DType::float16:
+      return run_dtype<Half>(t, begin, end, scratch);
+    default:
+      return run_dtype<float>(t, begin, end, scratch);
+  }
+}
+
+LabelScan scan_labels(const int64_t* labels, int64_t rows, int64_t classes, int64_t ignore_index) {
+  int64_t ignored = 0, wrong = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    const bool is_ignored = labels[i] == ignore_index;
+    ignored += is_ignored;
+    wrong |= !is_ignored & (uint64_t(labels[i]) >= uint64_t(classes));
+  }
+  return {rows - ignored, wrong != 0};
+}
+
+}  // namespace
+
+extern const Kernels kTable;
+const Kernels kTable = {DRSL_NAME(DRSL_ISA), scratch_bytes, run, scan_labels};
+
+}  // namespace DRSL_ISA
+}  // namespace drsl

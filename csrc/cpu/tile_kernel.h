@@ -1,0 +1,190 @@
+// Rows with few classes, or with classes that are not adjacent in memory: a tile of kLanes rows at a time, one
+// row per lane, held class by class in scratch. Vectors then run across rows, so ten classes cost ten vectors
+// for sixteen rows, and no step reduces across lanes. Relies on call.h; kernels.cpp relies on it.
+#pragma once
+
+#include "call.h"
+
+namespace drsl {
+inline namespace DRSL_ISA {
+
+// How the rows of a tile lie in memory.
+enum class TileShape { adjacent_classes, adjacent_rows, scattered };
+
+template <class S>
+DRSL_FN TileShape tile_shape(const int64_t* offsets, int64_t n, int64_t class_stride) {
+  if (class_stride == 1) return TileShape::adjacent_classes;
+  bool adjacent = n == Vec<S>::kLanes;
+  for (int64_t i = 1; i < n; ++i) adjacent &= offsets[i] == offsets[0] + i;
+  return adjacent ? TileShape::adjacent_rows : TileShape::scattered;
+}
+
+// Memory -> scratch: tile[c * kLanes + lane] = logit of class c in row `lane`; 0 in lanes from n on.
+template <class D, class S = Accumulator<D>>
+DRSL_FN void load_tile(const D* base, const int64_t* offsets, int64_t n, int64_t classes, int64_t stride, S* tile) {
+  constexpr int kLanes = Vec<S>::kLanes;
+  switch (tile_shape<S>(offsets, n, stride)) {
+    case TileShape::adjacent_classes:
+      for (int64_t c = 0; c < classes; c += kLanes) {
+        const int64_t width = classes - c < kLanes ? classes - c : kLanes;
+        Vec<S> square[kLanes];
+        for (int i = 0; i < kLanes; ++i) square[i] = i < n ? load_first(base + offsets[i] + c, width) : Vec<S>(S(0));
+        transpose(square);
+        for (int j = 0; j < width; ++j) store(tile + (c + j) * kLanes, square[j]);
+      }
+      return;
+    case TileShape::adjacent_rows:
+      for (int64_t c = 0; c < classes; ++c) store(tile + c * kLanes, load(base + offsets[0] + c * stride));
+      return;
+    case TileShape::scattered:
+      for (int64_t c = 0; c < classes; ++c) {
+        for (int i = 0; i < kLanes; ++i) {
+          tile[c * kLanes + i] = i < n ? load_one(base + offsets[i] + c * stride) : S(0);
+        }
+      }
+  }
+}
+
+// Scratch -> memory, the way back.
+template <class D, class S = Accumulator<D>>
+DRSL_FN void store_tile(D* base, const int64_t* offsets, int64_t n, int64_t classes, int64_t stride, const S* tile) {
+  constexpr int kLanes = Vec<S>::kLanes;
+  switch (tile_shape<S>(offsets, n, stride)) {
+    case TileShape::adjacent_classes:
+      for (int64_t c = 0; c < classes; c += kLanes) {
+        const int64_t width = classes - c < kLanes ? classes - c : kLanes;
+        Vec<S> square[kLanes];
+        for (int j = 0; j < kLanes; ++j) square[j] = j < width ? load(tile + (c + j) * kLanes) : Vec<S>(S(0));
+        transpose(square);
+        for (int i = 0; i < n; ++i) store_first(base + offsets[i] + c, square[i], width);
+      }
+      return;
+    case TileShape::adjacent_rows:
+      for (int64_t c = 0; c < classes; ++c) store(base + offsets[0] + c * stride, load(tile + c * kLanes));
+      return;
+    case TileShape::scattered:
+      for (int64_t c = 0; c < classes; ++c) {
+        for (int i = 0; i < n; ++i) store_one(base + offsets[i] + c * stride, tile[c * kLanes + i]);
+      }
+  }
+}
+
+// What pass 1 finds in a tile. Afterwards the tile holds -inf in place of each row's label.
+template <class S>
+struct TileTop {
+  Vec<S> max, mean, count, label_logit;
+};
+
+template <class S>
+DRSL_FN TileTop<S> top_of_tile(S* tile, int64_t classes, Mask<S> (*is_label)(int64_t, typename Vec<S>::Bits),
+                               typename Vec<S>::Bits labels, int64_t n) {
+  constexpr int kLanes = Vec<S>::kLanes;
+  const Vec<S> lowest = -infinity<Vec<S>>(), zero(S(0)), one(S(1));
+  Vec<S> max = lowest, sum = zero, label_logit = zero;
+  for (int64_t c = 0; c < classes; ++c) {
+    const Vec<S> v = load(static_cast<const S*>(tile) + c * kLanes);
+    const Mask<S> is = is_label(c, labels);
+    label_logit = select(is, v, label_logit);
+    sum = sum + select(is, zero, v);
+    const Vec<S> rest = select(is, lowest, v);
+    max = max_(max, rest);
+    store(tile + c * kLanes, rest);
+  }
+  Vec<S> count(S(classes - 1));
+  bool all_present = true;
+  for (int i = 0; i < n; ++i) all_present &= sum.v[i] > -S(INFINITY);
+  if (!all_present) {
+    sum = count = zero;
+    for (int64_t c = 0; c < classes; ++c) {
+      const Vec<S> v = load(static_cast<const S*>(tile) + c * kLanes);
+      const Mask<S> present = v != lowest;
+      sum = sum + select(present, v, zero);
+      count = count + select(present, one, zero);
+    }
+  }
+  return {max, sum / select(count > one, count, one), count, label_logit};
+}
+
+// Rows first .. first + n - 1, n <= kLanes. Scratch holds two tiles: logits, and exponentials that turn into the
+// gradient.
+template <class Terms, bool kGrad, class D, class S = Accumulator<D>>
+DRSL_FN void tile_block(const Call<D>& call, int64_t first, int64_t n, S* scratch, LossSum<S>& sum) {
+  constexpr int kLanes = Vec<S>::kLanes;
+  using Bits = typename Vec<S>::Bits;
+  using Int = typename Vec<S>::Int;
+  const Task& t = call.task;
+  const int64_t classes = t.classes;
+  const Vec<S> lowest = -infinity<Vec<S>>(), zero(S(0));
+  S* const logits = scratch;
+  S* const exps = scratch + classes * kLanes;
+
+  int64_t offsets[kLanes], grad_offsets[kLanes];
+  row_offsets(t.layout, first, n, offsets, grad_offsets);
+  Int label_numbers[kLanes];
+  bool any_ignored = false;
+  for (int i = 0; i < kLanes; ++i) {
+    const bool ignored = i >= n || call.ignored(first + i);
+    any_ignored |= ignored;
+    label_numbers[i] = ignored ? Int(0) : Int(t.labels[first + i]);
+  }
+  Bits labels;
+  memcpy(&labels, label_numbers, sizeof(labels));
+  const auto is_label = [](int64_t c, Bits y) { return Mask<S>{y == static_cast<Int>(c)}; };
+
+  load_tile(call.logits, offsets, n, classes, t.layout.logits_class_stride, logits);
+  const TileTop<S> top = top_of_tile<S>(logits, classes, is_label, labels, n);
+
+  const Vec<S> shift = select(top.max == lowest, zero, top.max);
+  Vec<S> sum_exp = zero, sum_exp2 = zero, variance = zero, weight = zero, weighted = zero;
+  for (int64_t c = 0; c < classes; ++c) {
+    const Vec<S> v = load(static_cast<const S*>(logits) + c * kLanes);
+    const Vec<S> e = exp_(v - shift);
+    sum_exp = sum_exp + e;
+    if constexpr (Terms::kSquares) sum_exp2 = sum_exp2 + e * e;
+    if constexpr (Terms::kMoments) {
+      const Mask<S> present = v != lowest;
+      const Vec<S> step = select(present, v - top.mean, zero);
+      variance = variance + step * step;
+      if constexpr (Terms::kWeightedMean) {
+        const Vec<S> u(call.class_weights[c]);
+        weight = weight + select(present, u, zero);
+        weighted = weighted + select(present, u * v, zero);
+      }
+    }
+    if constexpr (kGrad) store(exps + c * kLanes, e);
+  }
+  const RowStats<Vec<S>> stats{top.max, sum_exp, sum_exp2, top.mean, variance, top.count};
+  if constexpr (Terms::kWeightedMean) {
+    weighted = weighted / select(weight == zero, Vec<S>(S(1)), weight);
+  } else {
+    weight = top.count;
+    weighted = top.mean;
+  }
+  const BlockGrad<S> block = finish_block(call, first, n, stats, top.label_logit, weight, weighted, sum);
+
+  if constexpr (kGrad) {
+    for (int64_t c = 0; c < classes; ++c) {
+      const Vec<S> e = load(static_cast<const S*>(exps) + c * kLanes);
+      Vec<S> g = e * block.a;
+      if constexpr (Terms::kSquares) g = e * (block.a + block.b * e);
+      if constexpr (Terms::kMoments) {
+        const Vec<S> v = load(static_cast<const S*>(logits) + c * kLanes);
+        Vec<S> step = block.c * (v - block.mean) - block.d;
+        if constexpr (Terms::kWeightedMean) step = step - block.smooth * Vec<S>(call.class_weights[c]);
+        g = g + select(v != lowest, step, zero);
+      }
+      store(exps + c * kLanes, select(is_label(c, labels), block.label, g));
+    }
+    if (any_ignored) {
+      // An ignored row may hold NaN; its gradient is 0 all the same.
+      for (int i = 0; i < n; ++i) {
+        if (!call.ignored(first + i)) continue;
+        for (int64_t c = 0; c < classes; ++c) exps[c * kLanes + i] = S(0);
+      }
+    }
+    store_tile(call.grad, grad_offsets, n, classes, t.layout.grad_class_stride, static_cast<const S*>(exps));
+  }
+}
+
+}  // namespace DRSL_ISA
+}  // namespace drsl

@@ -1,0 +1,291 @@
+// The mathematics of the family, once: row statistics, their merge, truth terms, distances, gradient
+// coefficients. Host and device, no torch, no intrinsics. T is float or double on a device, and may be a
+// vector of them on the CPU (csrc/cpu/simd.h), one row per lane; every function is free of branches on values.
+// Everything in csrc/ relies on this header; drsl_kernels/backends/triton.py will hold its twin.
+//
+// A row z with label y. R is the rest: every class k != y with z_k > -inf; n is its size.
+//
+//   M = max_R z    A1 = sum_R exp(z_k - M)    A2 = sum_R exp(2(z_k - M))    mu = mean_R z    V = sum_R (z_k - mu)^2
+//   lse = M + log A1        r_k = exp(z_k - lse)          the softmax over the wrong classes alone
+//   delta = lse - (s z_y - m)        rho = A2 / A1^2        kappa = lse - mu
+//   p = sigmoid(-delta)     w = sigmoid(delta) = 1 - p    p_k = w r_k
+//
+// A loss is a function F of (delta, rho, V, kappa). By the chain rule, with d lse / d z_k = r_k,
+// d rho / d z_k = 2 r_k (r_k - rho), d V / d z_k = 2 (z_k - mu) and d kappa / d z_k = r_k - 1/n, its gradient is
+//
+//   k != y:   r_k (a + b r_k) + c (z_k - mu) - d      a = F_delta + F_kappa - 2 rho F_rho    b = 2 F_rho
+//   k == y:   -s F_delta                              c = 2 F_V                              d = F_kappa / n
+//
+// Because the statistics leave the label out, 1 - p is never formed by subtraction: loss and label gradient
+// keep their relative precision when p is within one rounding of 1.
+//
+// Label smoothing e with class weights u needs one more statistic, the weighted mean nu = sum_R u_k z_k / U with
+// U = sum_R u_k. Since -log p_k = lse - z_k + softplus(-delta) and softplus(-delta) = softplus(delta) - delta,
+//
+//   (1-e) u_y (-log p) + e/(n+1) [u_y (-log p) + sum_R u_k (-log p_k)] = A softplus(delta) + B (lse - nu - delta)
+//   A = (1-e) u_y + e/(n+1) (u_y + U)        B = e/(n+1) U
+//
+// and its gradient adds -B u_k / U at k != y. Without class weights nu = mu, U = n, A = u_y = 1.
+#pragma once
+
+#if defined(__CUDACC__)
+#define DRSL_FN __host__ __device__ __forceinline__
+#else
+#define DRSL_FN inline __attribute__((always_inline))
+#endif
+
+// Each build of the same source for another instruction set has a namespace of its own, so that the linker
+// can never hand a function compiled for one set to code that runs on another.
+#ifndef DRSL_ISA
+#define DRSL_ISA generic
+#endif
+
+#include <math.h>
+
+namespace drsl {
+
+enum class Truth : int { ce = 0, gce = 1, mae = 2, log_odds = 3 };
+
+enum class Distance : int {
+  none = 0,
+  uniform = 1,
+  non_target = 2,
+  non_target_logits = 3,
+  conditional = 4,
+  kl = 5,
+};
+
+// Whether a distance reads A2, and whether it reads mu and V.
+constexpr bool needs_squares(Distance d) {
+  return d == Distance::uniform || d == Distance::non_target || d == Distance::conditional;
+}
+constexpr bool needs_moments(Distance d) { return d == Distance::non_target_logits || d == Distance::kl; }
+
+inline namespace DRSL_ISA {
+
+template <class T>
+struct ScalarOf {
+  using type = T;
+};
+template <class T>
+using Scalar = typename ScalarOf<T>::type;
+
+// The elementwise vocabulary, for scalars. Vectors bring their own overloads.
+DRSL_FN float exp_(float x) { return ::expf(x); }
+DRSL_FN double exp_(double x) { return ::exp(x); }
+DRSL_FN float expm1_(float x) { return ::expm1f(x); }
+DRSL_FN double expm1_(double x) { return ::expm1(x); }
+DRSL_FN float log_(float x) { return ::logf(x); }
+DRSL_FN double log_(double x) { return ::log(x); }
+DRSL_FN float log1p_(float x) { return ::log1pf(x); }
+DRSL_FN double log1p_(double x) { return ::log1p(x); }
+DRSL_FN float abs_(float x) { return ::fabsf(x); }
+DRSL_FN double abs_(double x) { return ::fabs(x); }
+DRSL_FN float select(bool c, float a, float b) { return c ? a : b; }
+DRSL_FN double select(bool c, double a, double b) { return c ? a : b; }
+
+template <class T>
+DRSL_FN T infinity() {
+  return T(Scalar<T>(INFINITY));
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Statistics of a set of classes, and the merge of two disjoint sets
+
+template <class T>
+struct RowStats {
+  T max, sum_exp, sum_exp2, mean, variance, count;  // M, A1, A2, mu, V, n
+};
+
+template <class T>
+DRSL_FN RowStats<T> empty_stats() {
+  return {-infinity<T>(), T(0), T(0), T(0), T(0), T(0)};
+}
+
+// A set of the one class with logit z; a masked one (z = -inf) adds nothing.
+template <class T>
+DRSL_FN RowStats<T> single_stats(T z) {
+  const auto masked = z == -infinity<T>();
+  const T one = select(masked, T(0), T(1));
+  return {z, one, one, select(masked, T(0), z), T(0), one};
+}
+
+// exp(part - whole) for a maximum `part` of a part of a set with maximum `whole`; 0 for an empty part.
+template <class T>
+DRSL_FN T rescale(T part, T whole) {
+  return select(part == -infinity<T>(), T(0), exp_(part - whole));
+}
+
+// Associative and commutative up to rounding; NaN in either side stays NaN.
+template <class T>
+DRSL_FN RowStats<T> merge(const RowStats<T>& x, const RowStats<T>& y) {
+  const T max = select(x.max > y.max, x.max, y.max);
+  const T fx = rescale(x.max, max), fy = rescale(y.max, max);
+  const T count = x.count + y.count;
+  const T share = select(count == T(0), T(0), y.count / count);
+  const T step = y.mean - x.mean;
+  return {max,
+          x.sum_exp * fx + y.sum_exp * fy,
+          x.sum_exp2 * (fx * fx) + y.sum_exp2 * (fy * fy),
+          x.mean + step * share,
+          x.variance + y.variance + step * step * (x.count * share),
+          count};
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// From statistics to the loss and its gradient
+
+// What is the same for all rows of a call.
+template <class S>
+struct LossParams {
+  Truth truth;
+  Distance distance;
+  S q, scale, margin, smoothing;  // q of gce; s and m of the label transform; e
+};
+
+// What a row brings besides its statistics. Without class weights: weight = 1, rest_weight = n, rest_mean = mu.
+template <class T>
+struct RowInput {
+  T label_logit, tau, weight;  // z_y, tau, u_y
+  T rest_weight, rest_mean;    // U, nu: read only when smoothing > 0
+};
+
+template <class T>
+struct RowLoss {
+  T loss;                           // A T(delta) + ... + tau u_y D
+  T cross_entropy, distance, margin;  // -log p, D, z_y - M: for reporting
+  T a, b, c, d;                     // gradient coefficients, see the top
+  T smooth;                         // B / U, to be multiplied by u_k and subtracted at k != y
+  T label;                          // gradient at the label
+};
+
+// delta and what follows from it alone. `tail` = exp(-|delta|) is in (0, 1] and carries delta's rounding error.
+template <class T>
+struct Odds {
+  T delta, tail, p, w, softplus;
+};
+
+// x - y exactly: the rounded difference and its error (0 where the difference is not finite).
+template <class T>
+DRSL_FN T difference_error(T x, T y, T rounded) {
+  const T y_seen = x - rounded;
+  const T x_seen = rounded + y_seen;
+  return select(abs_(rounded) < infinity<T>(), (x - x_seen) - (y - y_seen), T(0));
+}
+
+template <class T>
+DRSL_FN Odds<T> label_odds(const RowStats<T>& rest, T label, T scale, T margin) {
+  const T target = scale * label - margin;
+  const T gap = rest.max - target;
+  const T log_sum = log_(rest.sum_exp);
+  const T delta = gap + log_sum;
+  const T low = difference_error(rest.max, target, gap) + difference_error(gap, -log_sum, delta);
+  const T magnitude = exp_(-abs_(delta));
+  const auto wrong = delta > T(0);
+  const T tail = magnitude - magnitude * select(wrong, low, -low);
+  const T big = T(1) / (T(1) + tail);
+  const T small = tail * big;
+  return {delta, tail, select(wrong, small, big), select(wrong, big, small),
+          select(wrong, delta, T(0)) + log1p_(tail)};
+}
+
+template <class T>
+struct TruthTerm {
+  T value, d_delta;
+};
+
+template <class T>
+DRSL_FN TruthTerm<T> truth_term(const LossParams<Scalar<T>>& params, const Odds<T>& o) {
+  switch (params.truth) {
+    case Truth::gce: {
+      const T q = T(params.q);
+      return {-expm1_(-q * o.softplus) / q, exp_(-q * o.softplus) * o.w};
+    }
+    case Truth::mae:
+      return {T(2) * o.w, T(2) * o.w * o.p};
+    case Truth::log_odds:
+      return {o.delta, T(1)};
+    default:
+      return {o.softplus, o.w};
+  }
+}
+
+template <class T>
+struct DistanceTerm {
+  T value, d_delta, d_rho, d_variance, d_kappa;
+};
+
+template <class T>
+DRSL_FN DistanceTerm<T> distance_term(Distance name, const Odds<T>& o, T rho, T kappa, T variance, T count) {
+  const T n = select(count > T(1), count, T(1));
+  const T even = T(1) / n;
+  switch (name) {
+    case Distance::uniform:
+      return {o.p * o.p + o.w * o.w * rho - T(1) / (count + T(1)), T(2) * o.p * o.w * (o.w * rho - o.p),
+              o.w * o.w, T(0), T(0)};
+    case Distance::non_target:
+      return {o.w * o.w * (rho - even), T(2) * o.p * o.w * o.w * (rho - even), o.w * o.w, T(0), T(0)};
+    case Distance::non_target_logits:
+      return {variance, T(0), T(0), T(1), T(0)};
+    case Distance::conditional:
+      return {rho - even, T(0), T(1), T(0), T(0)};
+    case Distance::kl:
+      return {kappa - log_(n), T(0), T(0), T(0), T(1)};
+    default:
+      return {T(0), T(0), T(0), T(0), T(0)};
+  }
+}
+
+// Loss and gradient coefficients of a row. A row without a rest (one class, or all others masked) has loss and
+// gradient 0; a row with a NaN, or with a label at +inf, has NaN everywhere.
+template <class T>
+DRSL_FN RowLoss<T> row_loss(const LossParams<Scalar<T>>& params, const RowStats<T>& rest, const RowInput<T>& in) {
+  const auto alone = rest.sum_exp == T(0);
+  const T nan = infinity<T>() - infinity<T>();
+  const T label = select(in.label_logit == infinity<T>(), nan, in.label_logit);
+  const T sum_exp = select(alone, T(1), rest.sum_exp);
+  const T rho = rest.sum_exp2 / (sum_exp * sum_exp);
+  const T kappa = (rest.max - rest.mean) + log_(sum_exp);
+  const T n = select(rest.count > T(1), rest.count, T(1));
+
+  const Odds<T> odds = label_odds(rest, label, T(params.scale), T(params.margin));
+  const TruthTerm<T> truth = truth_term(params, odds);
+  const DistanceTerm<T> dist = distance_term(params.distance, odds, rho, kappa, rest.variance, rest.count);
+
+  T value = in.weight * truth.value, d_delta = in.weight * truth.d_delta;
+  T d_mean = T(0);  // F_kappa of the smoothing term
+  if (params.smoothing > Scalar<T>(0)) {
+    const T e = T(params.smoothing), share = e / (rest.count + T(1));
+    const T A = (T(1) - e) * in.weight + share * (in.weight + in.rest_weight), B = share * in.rest_weight;
+    const T level = (rest.max - in.rest_mean) + log_(sum_exp);
+    // The label at -inf makes delta +inf; the loss is +inf then, and must not become inf - inf.
+    const auto lost = odds.delta == infinity<T>();
+    value = A * truth.value + B * (level - select(lost, T(0), odds.delta));
+    d_delta = A * truth.d_delta - B;
+    d_mean = B;
+  }
+  const T strength = in.tau * in.weight;
+  const auto off = strength == T(0);  // 0 * inf is not a penalty
+  value = value + select(off, T(0), strength * dist.value);
+  const T f_delta = d_delta + strength * dist.d_delta;
+  const T f_rho = strength * dist.d_rho;
+  const T f_kappa = strength * dist.d_kappa;
+
+  const T label_or_zero = select(abs_(label) < infinity<T>(), T(0), nan);
+  const T U = select(in.rest_weight == T(0), T(1), in.rest_weight);
+  RowLoss<T> out;
+  out.loss = select(alone, label_or_zero, value);
+  out.cross_entropy = select(alone, label_or_zero, odds.softplus);
+  out.distance = select(alone, label_or_zero, dist.value);
+  out.margin = label - rest.max;
+  out.a = select(alone, T(0), f_delta + d_mean + f_kappa - T(2) * rho * f_rho);
+  out.b = T(2) * f_rho;
+  out.c = T(2) * strength * dist.d_variance;
+  out.d = f_kappa / n;
+  out.smooth = d_mean / U;
+  out.label = select(alone, label_or_zero, -T(params.scale) * f_delta);
+  return out;
+}
+
+}  // namespace DRSL_ISA
+}  // namespace drsl
