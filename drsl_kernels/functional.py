@@ -1,0 +1,219 @@
+"""The public functions. Each picks a backend and hands it a validated `LossSpec`.
+
+Relies on `spec` and `backends`; `modules` and `robustness` rely on it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+from torch import Tensor
+
+from .backends import choose
+from .spec import BackendName, Distance, LossStats, Reduction, Truth, loss_spec
+
+__all__ = ["fused_drsl_loss", "softmax_loss"]
+
+
+@overload
+def fused_drsl_loss(
+    logits: Tensor,
+    y: Tensor,
+    tau: Tensor | float,
+    *,
+    distance: Distance = ...,
+    weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    reduction: Reduction = ...,
+    label_smoothing: float = ...,
+    return_stats: Literal[False] = ...,
+    backend: BackendName | None = ...,
+) -> Tensor: ...
+@overload
+def fused_drsl_loss(
+    logits: Tensor,
+    y: Tensor,
+    tau: Tensor | float,
+    *,
+    distance: Distance = ...,
+    weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    reduction: Reduction = ...,
+    label_smoothing: float = ...,
+    return_stats: Literal[True],
+    backend: BackendName | None = ...,
+) -> tuple[Tensor, LossStats]: ...
+def fused_drsl_loss(
+    logits: Tensor,
+    y: Tensor,
+    tau: Tensor | float,
+    *,
+    distance: Distance = "uniform",
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    return_stats: bool = False,
+    backend: BackendName | None = None,
+) -> Tensor | tuple[Tensor, LossStats]:
+    r"""Cross-entropy plus tau times the distance of the softmax from uniform.
+
+    .. math:: L = w_y \left( -\log p_y + \tau D \right), \qquad p = \mathrm{softmax}(z)
+
+    With n = C - 1 wrong classes, r the softmax over the wrong classes alone and sums over k != y, D is
+
+    ===================== ======================================== ==========================================
+    ``uniform``           sum_all (p_k - 1/C)^2                     the whole softmax to uniform
+    ``non_target``        sum (p_k - (1 - p_y)/n)^2                 the wrong classes' share, evenly spread
+    ``non_target_logits`` sum (z_k - mean z)^2                      the wrong logits; the authors' published code
+    ``conditional``       sum (r_k - 1/n)^2                         does not vanish as p_y -> 1
+    ``kl``                KL(uniform || r) = mean(-log r_k) - log n
+    ===================== ======================================== ==========================================
+
+    The authors' code sums its penalty over the batch with weight b; with reduction="mean" that is
+    tau = b * batch size for ``non_target_logits`` (0.001 * 128 = 0.128).
+
+    Replaces ``F.cross_entropy(logits, y)``, which is tau = 0. Loss and label gradient keep full relative
+    precision on saturated rows (losses far below 1e-7), where ``F.cross_entropy`` returns 0.
+
+    Args:
+        logits: shape (C,), (N, C) or (N, C, d1, ...); float32, float64, bfloat16 or float16; any strides.
+            Never written. Classes at -inf are left out of p, r, n and C and get gradient 0.
+        y: class indices in [0, C), int64 (or uint8), of the shape of logits without its class dimension.
+        tau: weight of the distance: a float, a tensor of shape (), or one value per row in the shape of y.
+            Differentiable when it requires grad.
+        distance: which D.
+        weight: weight w of each class, shape (C,), applied to the whole row. No gradient flows to it.
+        ignore_index: rows with this label have loss and gradient 0 and do not count in the mean.
+        reduction: "mean" (over the weights of the rows that count, as in F.cross_entropy), "sum" or "none".
+        label_smoothing: in [0, 1], as in F.cross_entropy.
+        return_stats: return (loss, LossStats) instead of the loss alone.
+        backend: None chooses. "cpp", "triton", "cuda" or "reference" forces one.
+
+    Returns:
+        The loss: a scalar, or the shape of y for reduction="none". float64 for float64 logits, else float32.
+        With return_stats, a pair of it and `LossStats`.
+
+    Raises:
+        ValueError: unknown distance, reduction or backend; tau not finite or of a wrong shape; batch sizes
+            of logits and y differ.
+        IndexError: a label outside [0, C) (on the CPU; the message names row and value).
+        RuntimeError: other shapes, y of a wrong dtype, tensors on different devices, label_smoothing outside
+            [0, 1], a forced backend that is not usable.
+        NotImplementedError: logits of another dtype.
+        TypeError: something that should be a tensor or a number is not.
+
+    Source: Wang et al., arXiv 2303.12363; ``conditional`` and ``kl`` are this project's own.
+    """
+    return softmax_loss(
+        logits,
+        y,
+        distance=distance,
+        tau=tau,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        return_stats=return_stats,
+        backend=backend,
+    )
+
+
+@overload
+def softmax_loss(
+    logits: Tensor,
+    y: Tensor,
+    *,
+    truth: Truth = ...,
+    q: float = ...,
+    distance: Distance | None = ...,
+    tau: Tensor | float = ...,
+    margin: float = ...,
+    scale: float = ...,
+    weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    reduction: Reduction = ...,
+    label_smoothing: float = ...,
+    return_stats: Literal[False] = ...,
+    backend: BackendName | None = ...,
+) -> Tensor: ...
+@overload
+def softmax_loss(
+    logits: Tensor,
+    y: Tensor,
+    *,
+    truth: Truth = ...,
+    q: float = ...,
+    distance: Distance | None = ...,
+    tau: Tensor | float = ...,
+    margin: float = ...,
+    scale: float = ...,
+    weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    reduction: Reduction = ...,
+    label_smoothing: float = ...,
+    return_stats: Literal[True],
+    backend: BackendName | None = ...,
+) -> tuple[Tensor, LossStats]: ...
+@overload
+def softmax_loss(
+    logits: Tensor,
+    y: Tensor,
+    *,
+    truth: Truth = ...,
+    q: float = ...,
+    distance: Distance | None = ...,
+    tau: Tensor | float = ...,
+    margin: float = ...,
+    scale: float = ...,
+    weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    reduction: Reduction = ...,
+    label_smoothing: float = ...,
+    return_stats: bool = ...,
+    backend: BackendName | None = ...,
+) -> Tensor | tuple[Tensor, LossStats]: ...
+def softmax_loss(
+    logits: Tensor,
+    y: Tensor,
+    *,
+    truth: Truth = "ce",
+    q: float = 0.7,
+    distance: Distance | None = None,
+    tau: Tensor | float = 0.0,
+    margin: float = 0.0,
+    scale: float = 1.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    return_stats: bool = False,
+    backend: BackendName | None = None,
+) -> Tensor | tuple[Tensor, LossStats]:
+    r"""The general member of the family: a truth term plus tau times a distance.
+
+    .. math:: L = w_y \left( T(\delta) + \tau D \right), \qquad
+              \delta = \log \sum_{k \ne y} e^{z_k} - (s z_y - m)
+
+    with scale s, margin m and p_y = sigmoid(-delta). T is
+
+    ============= =============================== ============================================================
+    ``ce``        log(1 + exp(delta)) = -log p_y   cross-entropy
+    ``gce``       (1 - p_y^q) / q                  generalized cross-entropy, Zhang & Sabuncu 2018
+    ``mae``       2 (1 - p_y)                      mean absolute error of the softmax against the one-hot label
+    ``log_odds``  delta                            never saturates: the loss to attack with
+    ============= =============================== ============================================================
+
+    Args:
+        truth: which T.
+        q: exponent of ``gce``, in (0, 1].
+        distance: which D, see `fused_drsl_loss`; None for none.
+        margin: m, subtracted from the label's logit.
+        scale: s > 0, multiplies the label's logit.
+
+    The other arguments, the result and the errors are those of `fused_drsl_loss`. `label_smoothing` is defined
+    for ``ce`` alone: with another truth it must be 0, else ValueError.
+    """
+    spec = loss_spec(truth, q, distance, scale, margin, ignore_index, reduction, label_smoothing)
+    loss, stats = choose(logits, backend)(logits, y, tau, weight, spec, return_stats)
+    return loss if stats is None else (loss, stats)

@@ -1,0 +1,79 @@
+"""`nn.Module` twins of the public functions, to put where `nn.CrossEntropyLoss` stood.
+
+Relies on `functional`.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from .functional import fused_drsl_loss
+from .spec import BackendName, Distance, Reduction, loss_spec
+
+__all__ = ["DRSLLoss"]
+
+
+class DRSLLoss(nn.Module):
+    """Cross-entropy plus tau times the distance of the softmax from uniform, as a module.
+
+    Arguments as in `drsl_kernels.fused_drsl_loss`, checked at construction. `weight` is a buffer, and so is a
+    `tau` given as a tensor (a parameter if it is an `nn.Parameter`): they follow `.to(device)` and appear in
+    the state dict.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `fused_drsl_loss`.
+    """
+
+    weight: Tensor | None
+    tau: Tensor | float
+
+    def __init__(
+        self,
+        tau: Tensor | float,
+        *,
+        distance: Distance = "uniform",
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        label_smoothing: float = 0.0,
+        backend: BackendName | None = None,
+    ) -> None:
+        super().__init__()
+        loss_spec("ce", 0.7, distance, 1.0, 0.0, ignore_index, reduction, label_smoothing)
+        if isinstance(tau, nn.Parameter):
+            self.register_parameter("tau", tau)
+        elif isinstance(tau, Tensor):
+            self.register_buffer("tau", tau)
+        else:
+            self.tau = tau
+        self.register_buffer("weight", weight)
+        self.distance = distance
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.backend = backend
+
+    def forward(self, logits: Tensor, y: Tensor) -> Tensor:
+        """The loss of `logits` against class indices `y`; shapes as in `fused_drsl_loss`."""
+        return fused_drsl_loss(
+            logits,
+            y,
+            self.tau,
+            distance=self.distance,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments that differ from the defaults, and tau."""
+        tau = self.tau.tolist() if isinstance(self.tau, Tensor) and self.tau.dim() == 0 else self.tau
+        shown = [f"tau={tuple(tau.shape) if isinstance(tau, torch.Tensor) else tau}", f"distance={self.distance!r}"]
+        defaults = {"ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0, "backend": None}
+        shown += [f"{name}={value!r}" for name, d in defaults.items() if (value := getattr(self, name)) != d]
+        return ", ".join(cast("list[str]", shown))

@@ -1,0 +1,44 @@
+"""Operators that are registered from Python: the differentiable twin that C++ autograd calls for second derivatives.
+
+Relies on `reference` and `spec`; csrc/ops.cpp finds the operator by name.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .spec import DISTANCES, REDUCTIONS, TRUTHS, loss_spec
+
+_library = torch.library.Library("drsl_kernels", "FRAGMENT")
+_library.define(
+    "reference_loss(Tensor logits, Tensor y, Tensor? weight, Tensor? tau, float tau_value, int truth, float q, "
+    "int distance, float scale, float margin, int ignore_index, int reduction, float label_smoothing) -> Tensor"
+)
+
+
+def _reference_loss(
+    logits: Tensor,
+    y: Tensor,
+    weight: Tensor | None,
+    tau: Tensor | None,
+    tau_value: float,
+    truth: int,
+    q: float,
+    distance: int,
+    scale: float,
+    margin: float,
+    ignore_index: int,
+    reduction: int,
+    label_smoothing: float,
+) -> Tensor:
+    distance_name = DISTANCES[distance - 1] if distance > 0 else None
+    spec = loss_spec(
+        TRUTHS[truth], q, distance_name, scale, margin, ignore_index, REDUCTIONS[reduction], label_smoothing
+    )
+    loss, _ = reference.softmax_loss(logits, y, tau_value if tau is None else tau, weight, spec)
+    return loss
+
+
+_library.impl("reference_loss", _reference_loss, "CompositeImplicitAutograd")

@@ -1,0 +1,164 @@
+"""The specification: every loss of the family in plain, differentiable PyTorch.
+
+Written for reading and for truth, not for speed. Gradients come from autograd, so nothing of the kernels'
+gradient formulas is shared. Runs on any device, under `torch.compile`, `torch.func` and forward-mode
+differentiation, to any order. It is the backend where no compiled one is usable, and what second derivatives
+of the compiled ones go through. Relies on `spec`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from .spec import LossSpec, LossStats, check_tensors, class_dim
+
+__all__ = ["RowStats", "distance", "row_stats", "softmax_loss", "truth"]
+
+
+class RowStats(NamedTuple):
+    """The statistics of a row z with label y that every loss is a function of. R is {k != y, z_k > -inf}.
+
+    Attributes:
+        delta: log sum_R exp(z_k) - (scale*z_y - margin). -inf stands for "R is empty" and is stored as 0.
+        rho: sum_R r_k^2, with r = softmax over R.
+        kappa: log sum_R exp(z_k) - mean_R z.
+        variance: sum_R (z_k - mean_R z)^2.
+        rest: number of classes in R.
+        margin: z_y - max_R z.
+        label: z_y.
+    """
+
+    delta: Tensor
+    rho: Tensor
+    kappa: Tensor
+    variance: Tensor
+    rest: Tensor
+    margin: Tensor
+    label: Tensor
+
+
+def softmax_loss(
+    logits: Tensor,
+    y: Tensor,
+    tau: Tensor | float,
+    weight: Tensor | None,
+    spec: LossSpec,
+    return_stats: bool = False,
+) -> tuple[Tensor, LossStats | None]:
+    """The loss that `spec` names, and per-row statistics if asked for.
+
+    Arguments and errors as in `drsl_kernels.softmax_loss`.
+    """
+    check_tensors(logits, y, tau, weight, spec)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    z = logits.to(dtype).movedim(class_dim(logits), -1)
+    y = y.to(torch.int64)
+    if logits.dim() == 1:
+        z = z.expand(*y.shape, -1)
+    valid = y != spec.ignore_index
+    labels = torch.where(valid, y, 0)
+    z = torch.where(valid.unsqueeze(-1), z, 0.0)
+    stats = row_stats(z, labels, spec.scale, spec.margin)
+
+    row_weight = torch.ones_like(stats.delta) if weight is None else weight.to(dtype)[labels]
+    loss = row_weight * truth(stats, spec)
+    if spec.label_smoothing > 0.0:
+        loss = (1.0 - spec.label_smoothing) * loss + spec.label_smoothing * _smoothing(z, labels, weight, stats)
+    if spec.distance is not None:
+        tau = tau.to(device=z.device, dtype=dtype) if isinstance(tau, Tensor) else tau
+        loss = loss + tau * row_weight * distance(stats, spec.distance)
+    loss = torch.where(valid, _defined(loss, stats), 0.0)
+
+    details = _loss_stats(stats, valid, spec) if return_stats else None
+    if spec.reduction == "none":
+        return loss, details
+    if spec.reduction == "sum":
+        return loss.sum(), details
+    return loss.sum() / torch.where(valid, row_weight, 0.0).sum(), details
+
+
+def row_stats(z: Tensor, y: Tensor, scale: float = 1.0, margin: float = 0.0) -> RowStats:
+    """Statistics of rows `z` of shape (..., C) with labels `y` of shape (...)."""
+    rest = _rest_of(z, y)
+    count = rest.sum(-1).to(z.dtype)
+    label = z.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+    label = torch.where(label == torch.inf, torch.nan, label)
+
+    top = torch.where(rest, z, -torch.inf).amax(-1).detach()
+    shift = torch.where(count > 0, top, 0.0).unsqueeze(-1)
+    exps = torch.where(rest, torch.where(rest, z - shift, 0.0).exp(), 0.0)
+    total = torch.where(count > 0, exps.sum(-1), 1.0)
+    log_total = total.log()
+    mean = torch.where(rest, z, 0.0).sum(-1) / count.clamp(min=1.0)
+    shift = shift.squeeze(-1)
+    return RowStats(
+        delta=torch.where(count > 0, (shift - scale * label + margin) + log_total, 0.0),
+        rho=(exps / total.unsqueeze(-1)).square().sum(-1),
+        kappa=(shift - mean) + log_total,
+        variance=torch.where(rest, z - mean.unsqueeze(-1), 0.0).square().sum(-1),
+        rest=count,
+        margin=label - top,
+        label=label,
+    )
+
+
+def truth(stats: RowStats, spec: LossSpec) -> Tensor:
+    """The truth term T(delta) per row: how badly the label does against all other classes."""
+    cross_entropy = -logsigmoid(-stats.delta)
+    if spec.truth == "ce":
+        return cross_entropy
+    if spec.truth == "gce":
+        return -torch.expm1(-spec.q * cross_entropy) / spec.q
+    if spec.truth == "mae":
+        return 2.0 * stats.delta.sigmoid()
+    return stats.delta
+
+
+def distance(stats: RowStats, name: str) -> Tensor:
+    """The distance D per row: how far the softmax is from spreading evenly."""
+    n = stats.rest.clamp(min=1.0)
+    p, w = (-stats.delta).sigmoid(), stats.delta.sigmoid()
+    if name == "uniform":
+        return p.square() + w.square() * stats.rho - 1.0 / (n + 1.0)
+    if name == "non_target":
+        return w.square() * (stats.rho - 1.0 / n)
+    if name == "non_target_logits":
+        return stats.variance
+    if name == "conditional":
+        return stats.rho - 1.0 / n
+    return stats.kappa - n.log()
+
+
+def _smoothing(z: Tensor, y: Tensor, weight: Tensor | None, stats: RowStats) -> Tensor:
+    """mean_k weight_k * -log softmax(z)_k, over the label and the rest."""
+    label_term = -logsigmoid(-stats.delta)
+    weights = torch.ones_like(z) if weight is None else weight.to(z.dtype).expand_as(z)
+    rest = _rest_of(z, y)
+    mean = torch.where(rest, z, 0.0).sum(-1, keepdim=True) / stats.rest.clamp(min=1.0).unsqueeze(-1)
+    # log-sum-exp of the whole row less mean_R z, from which each -log softmax is a short step
+    level = stats.kappa - logsigmoid(stats.delta)
+    rest_terms = torch.where(rest, weights * (level.unsqueeze(-1) - (z - mean)), 0.0).sum(-1)
+    label_weight = weights.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+    return (label_weight * label_term + rest_terms) / (stats.rest + 1.0)
+
+
+def _rest_of(z: Tensor, y: Tensor) -> Tensor:
+    is_label = torch.arange(z.shape[-1], device=z.device) == y.unsqueeze(-1)
+    return ~is_label & (z != -torch.inf)
+
+
+def _defined(loss: Tensor, stats: RowStats) -> Tensor:
+    """A row without a rest has loss 0 (NaN if its label is not finite)."""
+    alone = torch.where(stats.label.isfinite(), 0.0, torch.nan).to(loss.dtype)
+    return torch.where(stats.rest > 0, loss, alone)
+
+
+def _loss_stats(stats: RowStats, valid: Tensor, spec: LossSpec) -> LossStats:
+    ce = _defined(-logsigmoid(-stats.delta), stats)
+    dist = _defined(distance(stats, spec.distance or "uniform"), stats)
+    cross_entropy, dist, margin = (torch.where(valid, t, 0.0).detach() for t in (ce, dist, stats.margin))
+    return LossStats(cross_entropy, dist, margin, margin > 0)

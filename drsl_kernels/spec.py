@@ -1,0 +1,215 @@
+"""Names and values of a loss, and every check of an argument, in one place.
+
+`LossSpec` is what a backend receives instead of a dozen loose arguments. It is validated once, when it is
+made, and `loss_spec` caches it, so a training loop pays for the checks in its first step only.
+`check_tensors` explains what is wrong with tensors. Relies on torch alone; everything else relies on it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final, Literal, NamedTuple, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+Truth: TypeAlias = Literal["ce", "gce", "mae", "log_odds"]
+Distance: TypeAlias = Literal["uniform", "non_target", "non_target_logits", "conditional", "kl"]
+Reduction: TypeAlias = Literal["none", "mean", "sum"]
+BackendName: TypeAlias = Literal["cpp", "reference", "triton", "cuda"]
+
+# The position of a name is its code in csrc/row_loss.h (there, code 0 of the distances means none).
+TRUTHS: Final[tuple[str, ...]] = get_args(Truth)
+DISTANCES: Final[tuple[str, ...]] = get_args(Distance)
+REDUCTIONS: Final[tuple[str, ...]] = get_args(Reduction)
+BACKENDS: Final[tuple[str, ...]] = get_args(BackendName)
+
+LOGITS_DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class LossStats(NamedTuple):
+    """What the row statistics tell besides the loss, one value per row, in the shape of the target.
+
+    Detached; float32 for float32, bfloat16 and float16 logits, float64 for float64 ones. Rows whose target is
+    `ignore_index` hold zeros and False.
+
+    Attributes:
+        cross_entropy: -log softmax(logits)_y, without class weights and label smoothing.
+        distance: the distance D of the row (the default `uniform` where the loss has none).
+        margin: logit of the label minus the largest other logit.
+        correct: True where the margin is positive. A tie for the largest logit is not correct.
+    """
+
+    cross_entropy: Tensor
+    distance: Tensor
+    margin: Tensor
+    correct: Tensor
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """One member of the family: truth term + tau * distance, and how rows are reduced.
+
+    Use `loss_spec` to make one. Fields have the meaning of `drsl_kernels.softmax_loss`'s arguments;
+    `truth_code`, `distance_code` and `reduction_code` are the integers that csrc/row_loss.h uses.
+    """
+
+    truth: str
+    q: float
+    distance: str | None
+    scale: float
+    margin: float
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    truth_code: int
+    distance_code: int
+    reduction_code: int
+
+
+@lru_cache(maxsize=256)
+def loss_spec(
+    truth: str,
+    q: float,
+    distance: str | None,
+    scale: float,
+    margin: float,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> LossSpec:
+    """Validate the arguments that are not tensors and return them as a `LossSpec`.
+
+    Raises:
+        ValueError: an unknown name, or a number outside its range.
+        TypeError: `ignore_index` is not an int.
+        RuntimeError: `label_smoothing` outside [0, 1] (the type that `F.cross_entropy` raises).
+    """
+    _check_name("truth", truth, TRUTHS)
+    if distance is not None:
+        _check_name("distance", distance, DISTANCES)
+    _check_name("reduction", reduction, REDUCTIONS)
+    if not 0.0 < q <= 1.0:
+        raise ValueError(f"q must be in (0, 1], got {q!r}")
+    if not (scale > 0.0 and math.isfinite(scale)):
+        raise ValueError(f"scale must be positive and finite, got {scale!r}")
+    if not math.isfinite(margin):
+        raise ValueError(f"margin must be finite, got {margin!r}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0, got {label_smoothing!r}")
+    if label_smoothing > 0.0 and truth != "ce":
+        raise ValueError(f"label_smoothing must be 0 with truth={truth!r} (it is defined for 'ce'), got {label_smoothing!r}")
+    return LossSpec(
+        truth,
+        float(q),
+        distance,
+        float(scale),
+        float(margin),
+        ignore_index,
+        reduction,
+        float(label_smoothing),
+        truth_code=TRUTHS.index(truth),
+        distance_code=0 if distance is None else 1 + DISTANCES.index(distance),
+        reduction_code=REDUCTIONS.index(reduction),
+    )
+
+
+def _check_name(argument: str, value: object, names: tuple[str, ...]) -> None:
+    if value not in names:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, names))}, got {value!r}")
+
+
+def check_tensors(logits: object, y: object, tau: object, weight: object, spec: LossSpec) -> None:
+    """Raise the error that names the argument and its value, if any of the tensors is unusable.
+
+    Error types are those of `F.cross_entropy` wherever it has the same condition. Values (a label out of
+    range, a NaN tau) are looked at on the CPU only: elsewhere that would stop the device.
+    """
+    logits = _check_tensor("logits", logits)
+    y = _check_tensor("y", y)
+    if logits.dtype not in LOGITS_DTYPES:
+        raise NotImplementedError(f"logits must be float32, float64, bfloat16 or float16, got {logits.dtype}")
+    _check_target_shape(logits, y)
+    if y.dtype not in (torch.int64, torch.uint8):
+        hint = "; class probabilities are not supported" if y.is_floating_point() else ""
+        raise RuntimeError(f"y must hold class indices of dtype int64, got {y.dtype}{hint}")
+    if y.device != logits.device:
+        raise RuntimeError(f"y must be on the device of logits, {logits.device}, got {y.device}")
+    classes = logits.shape[class_dim(logits)]
+    if weight is not None:
+        _check_weight(_check_tensor("weight", weight), classes, logits.device)
+    _check_tau(tau, y.shape, logits.device)
+    if logits.device.type == "cpu":
+        _check_labels(y, classes, spec.ignore_index)
+
+
+def class_dim(logits: Tensor) -> int:
+    """0 for one unbatched row of shape (C,), else 1: (N, C) or (N, C, d1, ...)."""
+    return 0 if logits.dim() == 1 else 1
+
+
+def _check_tensor(argument: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{argument} must be a Tensor, got {type(value).__name__}")
+    return value
+
+
+def _check_target_shape(logits: Tensor, y: Tensor) -> None:
+    got = tuple(y.shape)
+    if logits.dim() == 0:
+        raise RuntimeError("logits must have shape (C,), (N, C) or (N, C, d1, ...), got ()")
+    if logits.dim() == 1:
+        if got not in ((), (1,)):
+            raise RuntimeError(f"y must have shape () for logits of shape {tuple(logits.shape)}, got {got}")
+        return
+    want = (logits.shape[0], *logits.shape[2:])
+    if got == want:
+        return
+    message = f"y must have shape {want} for logits of shape {tuple(logits.shape)}, got {got}"
+    raise (RuntimeError if got[:1] == want[:1] else ValueError)(message)
+
+
+def _check_weight(weight: Tensor, classes: int, device: torch.device) -> None:
+    if tuple(weight.shape) != (classes,):
+        raise RuntimeError(f"weight must have shape (C,) = ({classes},), got {tuple(weight.shape)}")
+    if not weight.is_floating_point():
+        raise RuntimeError(f"weight must be of a floating dtype, got {weight.dtype}")
+    if weight.device != device:
+        raise RuntimeError(f"weight must be on the device of logits, {device}, got {weight.device}")
+
+
+def _check_tau(tau: object, rows: torch.Size, device: torch.device) -> None:
+    if not isinstance(tau, Tensor):
+        if isinstance(tau, bool) or not isinstance(tau, (int, float)):
+            raise TypeError(f"tau must be a float or a Tensor, got {type(tau).__name__}")
+        if not math.isfinite(tau):
+            raise ValueError(f"tau must be finite, got {tau!r}")
+        return
+    if tau.dim() != 0 and tau.shape != rows:
+        raise ValueError(f"tau must have shape () or that of y, {tuple(rows)}, got {tuple(tau.shape)}")
+    if not tau.is_floating_point():
+        raise TypeError(f"tau must be of a floating dtype, got {tau.dtype}")
+    if tau.device != device and not (tau.dim() == 0 and tau.device.type == "cpu"):
+        raise RuntimeError(f"tau must be on the device of logits, {device}, got {tau.device}")
+    if tau.device.type == "cpu" and _is_concrete(tau) and not torch.isfinite(tau).all():
+        first = tau.detach()[~torch.isfinite(tau.detach())].flatten()[0].item()
+        raise ValueError(f"tau must be finite, got {first!r}")
+
+
+def _check_labels(y: Tensor, classes: int, ignore_index: int) -> None:
+    if not _is_concrete(y):
+        return
+    flat = y.flatten().to(torch.int64)
+    wrong = (flat != ignore_index) & ((flat < 0) | (flat >= classes))
+    if wrong.any():
+        row = int(wrong.to(torch.int8).argmax())
+        raise IndexError(f"y holds label {int(flat[row])} at row {row}, outside [0, C) = [0, {classes})")
+
+
+def _is_concrete(tensor: Tensor) -> bool:
+    """False while a compiler or a functional transform traces the call: values cannot be looked at then."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or tensor.is_meta)
