@@ -39,8 +39,10 @@ format: $(INSTALLED) ## Apply the style
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 cpp-test: $(INSTALLED) ## C++ tests, plain and under AddressSanitizer and UndefinedBehaviorSanitizer
-	$(call run_ctest,build/tests,-DDRSL_SANITIZE=OFF)
-	$(call run_ctest,build/tests-sanitized,-DDRSL_SANITIZE=ON)
+# The plain tests use the object files of the extension, where it was built.
+	test -e build/extension/build.ninja || cmake -S . -B build/extension -G Ninja -DDRSL_BUILD_EXTENSION=OFF
+	$(call run_ctest,build/extension,-DDRSL_BUILD_TESTS=ON)
+	$(call run_ctest,build/sanitized,-DDRSL_BUILD_TESTS=ON -DDRSL_BUILD_EXTENSION=OFF -DDRSL_SANITIZE=ON)
 
 bench: $(INSTALLED) ## Speed against F.cross_entropy, by pytest-benchmark
 	$(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)
@@ -50,9 +52,7 @@ clean: ## Remove everything that was built, and .venv/
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 define run_ctest
-mkdir -p $(1)
-cmake -S . -B $(1) -G Ninja -DDRSL_BUILD_EXTENSION=OFF -DDRSL_BUILD_TESTS=ON $(2) > $(1).log || { cat $(1).log; exit 1; }
-cmake --build $(1) && cd $(1) && ctest --output-on-failure
+cmake -S . -B $(1) -G Ninja $(2) && cmake --build $(1) && cd $(1) && ctest --output-on-failure
 endef
 
 $(BIN)/python:

@@ -142,7 +142,7 @@ def write_note(package: Path, reason: str) -> None:
 
 def cmake_build(package: Path) -> None:
     """Configure, build and install the extension into `package`. Rebuilds reuse the build folder."""
-    folder = ROOT / "build" / f"extension-{sysconfig.get_config_var('SOABI')}"
+    folder = ROOT / "build" / "extension"
     cmake, ninja = program("cmake"), program("ninja")
 
     # CMake keeps the compiler, the Python and the paths that it saw first: with others, start afresh.
@@ -158,7 +158,7 @@ def cmake_build(package: Path) -> None:
     if "CXX" not in os.environ:  # CMake reads CXX itself, with words such as `ccache g++`
         options.append(f"-DCMAKE_CXX_COMPILER={compiler()}")
     call(cmake, "-S", ROOT, "-B", folder, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", *options)
-    call(cmake, "--build", folder)
+    call(cmake, "--build", folder, "--target", "_C")
     call(cmake, "--install", folder, "--prefix", package)
 
 

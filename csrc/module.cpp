@@ -13,6 +13,6 @@ PYBIND11_MODULE(_C, module) {
   module.attr("torch_version") = DRSL_TORCH_VERSION;
   module.attr("compiler") = DRSL_COMPILER;
   module.attr("cxx11_abi") = _GLIBCXX_USE_CXX11_ABI != 0;  // libstdc++ strings and lists: the new layout or the old
-  module.attr("commit") = DRSL_COMMIT;                     // empty when built outside a git checkout
+  module.attr("commit") = DRSL_COMMIT;  // empty when built outside a git checkout
   module.attr("instruction_sets") = py::tuple(py::str(DRSL_INSTRUCTION_SETS).attr("split")(","));
 }

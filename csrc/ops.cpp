@@ -120,8 +120,8 @@ struct Layout {
 
   void add(int64_t size, int64_t stride, int64_t grad_stride) {
     if (size == 1 && !sizes.empty()) return;
-    if (!sizes.empty() && (sizes.back() == 1 || (logits_strides.back() == stride * size &&
-                                                 grad_strides.back() == grad_stride * size))) {
+    if (!sizes.empty() &&
+        (sizes.back() == 1 || (logits_strides.back() == stride * size && grad_strides.back() == grad_stride * size))) {
       sizes.back() *= size;
       logits_strides.back() = stride;
       grad_strides.back() = grad_stride;
@@ -133,8 +133,12 @@ struct Layout {
   }
 
   RowLayout view() const {
-    return {static_cast<int>(sizes.size()), sizes.data(),        logits_strides.data(),
-            grad_strides.data(),            logits_class_stride, grad_class_stride};
+    return {static_cast<int>(sizes.size()),
+            sizes.data(),
+            logits_strides.data(),
+            grad_strides.data(),
+            logits_class_stride,
+            grad_class_stride};
   }
 };
 
@@ -259,7 +263,8 @@ Result compute(const Tensor& logits, const Tensor& y_in, const Tensor& weight_in
   if (wanted.tau_grad) result.tau_grad = at::empty({task.rows}, options);
   const bool per_row = config.reduction == Reduction::none;
   // An unbatched row may come with a target of shape (1,): the loss is a scalar all the same.
-  result.loss = per_row ? at::empty(logits.dim() == 1 ? at::IntArrayRef{} : y.sizes(), options) : at::empty({}, options);
+  result.loss =
+      per_row ? at::empty(logits.dim() == 1 ? at::IntArrayRef{} : y.sizes(), options) : at::empty({}, options);
   if (wanted.stats) {
     std::vector<int64_t> shape{3};
     shape.insert(shape.end(), y_in.sizes().begin(), y_in.sizes().end());
@@ -302,11 +307,11 @@ Result compute(const Tensor& logits, const Tensor& y_in, const Tensor& weight_in
 // The loss in plain PyTorch (registered from Python), through which second derivatives go.
 Tensor reference_loss(const Tensor& logits, const Tensor& y, const Tensor& weight, const Tensor& tau,
                       const Config& config) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("drsl_kernels::reference_loss", "")
-                             .typed<Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&,
-                                           const std::optional<Tensor>&, double, int64_t, double, int64_t, double,
-                                           double, int64_t, int64_t, double)>();
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("drsl_kernels::reference_loss", "")
+          .typed<Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&,
+                        double, int64_t, double, int64_t, double, double, int64_t, int64_t, double)>();
   const auto optional = [](const Tensor& t) { return t.defined() ? std::optional<Tensor>(t) : std::nullopt; };
   return op.call(logits, y, optional(weight), optional(tau), config.tau_value, static_cast<int64_t>(config.truth),
                  config.q, static_cast<int64_t>(config.distance), config.scale, config.margin, config.ignore_index,

@@ -185,8 +185,7 @@ DRSL_FN Odds<T> label_odds(const RowStats<T>& rest, T label, T scale, T margin) 
   const T tail = magnitude - magnitude * select(wrong, low, -low);
   const T big = T(1) / (T(1) + tail);
   const T small = tail * big;
-  return {delta, tail, select(wrong, small, big), select(wrong, big, small),
-          select(wrong, delta, T(0)) + log1p_(tail)};
+  return {delta, tail, select(wrong, small, big), select(wrong, big, small), select(wrong, delta, T(0)) + log1p_(tail)};
 }
 
 template <class T>
@@ -221,8 +220,8 @@ DRSL_FN DistanceTerm<T> distance_term(Distance name, const Odds<T>& o, T rho, T 
   const T even = T(1) / n;
   switch (name) {
     case Distance::uniform:
-      return {o.p * o.p + o.w * o.w * rho - T(1) / (count + T(1)), T(2) * o.p * o.w * (o.w * rho - o.p),
-              o.w * o.w, T(0), T(0)};
+      return {o.p * o.p + o.w * o.w * rho - T(1) / (count + T(1)), T(2) * o.p * o.w * (o.w * rho - o.p), o.w * o.w,
+              T(0), T(0)};
     case Distance::non_target:
       return {o.w * o.w * (rho - even), T(2) * o.p * o.w * o.w * (rho - even), o.w * o.w, T(0), T(0)};
     case Distance::non_target_logits:

@@ -5,9 +5,6 @@ Relies on `functional`.
 
 from __future__ import annotations
 
-from typing import cast
-
-import torch
 from torch import Tensor, nn
 
 from .functional import fused_drsl_loss
@@ -72,8 +69,10 @@ class DRSLLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments that differ from the defaults, and tau."""
-        tau = self.tau.tolist() if isinstance(self.tau, Tensor) and self.tau.dim() == 0 else self.tau
-        shown = [f"tau={tuple(tau.shape) if isinstance(tau, torch.Tensor) else tau}", f"distance={self.distance!r}"]
+        tau: object = self.tau
+        if isinstance(tau, Tensor):
+            tau = tau.item() if tau.dim() == 0 else f"tensor of shape {tuple(tau.shape)}"
+        shown = [f"tau={tau}", f"distance={self.distance!r}"]
         defaults = {"ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0, "backend": None}
         shown += [f"{name}={value!r}" for name, d in defaults.items() if (value := getattr(self, name)) != d]
-        return ", ".join(cast("list[str]", shown))
+        return ", ".join(shown)

@@ -102,7 +102,9 @@ def loss_spec(
     if not 0.0 <= label_smoothing <= 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0, got {label_smoothing!r}")
     if label_smoothing > 0.0 and truth != "ce":
-        raise ValueError(f"label_smoothing must be 0 with truth={truth!r} (it is defined for 'ce'), got {label_smoothing!r}")
+        raise ValueError(
+            f"label_smoothing must be 0 with truth={truth!r} (it is defined for 'ce'), got {label_smoothing!r}"
+        )
     return LossSpec(
         truth,
         float(q),

@@ -16,8 +16,7 @@ namespace {
 constexpr int64_t kTileClasses = 128;
 
 bool use_tiles(const Task& t) {
-  return t.classes <= kTileClasses || t.layout.logits_class_stride != 1 ||
-         (t.grad && t.layout.grad_class_stride != 1);
+  return t.classes <= kTileClasses || t.layout.logits_class_stride != 1 || (t.grad && t.layout.grad_class_stride != 1);
 }
 
 template <class S>

@@ -139,9 +139,7 @@ DRSL_FN __m256i first_lanes(int64_t n) {
 template <> DRSL_FN Vec<float> load_first(const float* p, int64_t n) {
   return Vec<float>(_mm256_maskload_ps(p, first_lanes(n)));
 }
-template <> DRSL_FN void store_first(float* p, Vec<float> x, int64_t n) {
-  _mm256_maskstore_ps(p, first_lanes(n), x.v);
-}
+template <> DRSL_FN void store_first(float* p, Vec<float> x, int64_t n) { _mm256_maskstore_ps(p, first_lanes(n), x.v); }
 #endif
 
 // Element at p, and element back: through a vector, so that the rounding is the one of whole vectors.

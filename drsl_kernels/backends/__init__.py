@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import TypeAlias
 
 import torch
@@ -103,7 +103,7 @@ def _forced(logits: Tensor, name: str) -> Backend:
     return cpp.softmax_loss
 
 
-@lru_cache(maxsize=None)
+@cache
 def _usable(name: str) -> bool:
     return _inspect(name).usable
 
@@ -119,7 +119,7 @@ def _inspect(name: str) -> BackendInfo:
     return BackendInfo(name, False, "not part of this version")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _warn_fallback(device: str) -> None:
     """One warning per kind of device, since a silent fallback costs a user the speed that they came for."""
     why = _inspect("cpp").detail if device == "cpu" else f"no compiled backend for {device!r} tensors in this version"
