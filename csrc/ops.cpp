@@ -46,7 +46,7 @@ struct Wanted {
 
 struct Result {
   Tensor loss, grad, tau_grad, stats;
-  double denominator = 1;
+  double grad_scale = 1;  // 1 / denominator of the mean
 };
 
 // ---------------------------------------------------------------------------------------------------------
@@ -201,29 +201,27 @@ double weight_of_labels(const Tensor& weight, const Tensor& y, int64_t ignore_in
   return sum;
 }
 
+// Lazy negation (of an imaginary part that was conjugated, say) is invisible to a reader of the memory.
+Tensor in_memory(const Tensor& t) { return t.is_neg() ? t.resolve_neg() : t; }
+
 Tensor to_accumulator(const Tensor& t, at::ScalarType type) {
-  return t.defined() ? t.detach().to(type).contiguous() : t;
+  return t.defined() ? in_memory(t).to(type).contiguous() : t;
 }
 
 double scalar_value(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return *t.const_data_ptr<float>();
-    case at::kDouble:
-      return *t.const_data_ptr<double>();
-    default:
-      return t.detach().to(at::kDouble).item<double>();
-  }
+  if (t.scalar_type() == at::kFloat && !t.is_neg()) return *t.const_data_ptr<float>();
+  return t.to(at::kDouble).resolve_neg().item<double>();
 }
 
 // Losses, and what else is wanted. `upstream`, if defined, multiplies the gradient: one value, or one per row.
-Result compute(const Tensor& logits, const Tensor& y_in, const Tensor& weight_in, const Tensor& tau_in,
+Result compute(const Tensor& logits_in, const Tensor& y_in, const Tensor& weight_in, const Tensor& tau_in,
                const Config& config, const Wanted& wanted, const Tensor& upstream_in = {}) {
-  check_shapes(logits, y_in, weight_in, tau_in);
+  check_shapes(logits_in, y_in, weight_in, tau_in);
+  const Tensor logits = in_memory(logits_in);
   const Kernels& cpu = kernels();
   const at::ScalarType type = accumulator_type(logits);
   const auto options = logits.options().dtype(type);
-  const Tensor y = y_in.detach().to(at::kLong).contiguous();
+  const Tensor y = in_memory(y_in).to(at::kLong).contiguous();
   const Tensor weight = to_accumulator(weight_in, type);
   const bool tau_per_row = tau_in.defined() && tau_in.dim() > 0;
   const Tensor tau_rows = tau_per_row ? to_accumulator(tau_in, type) : Tensor();
@@ -243,7 +241,9 @@ Result compute(const Tensor& logits, const Tensor& y_in, const Tensor& weight_in
   task.tau = tau_in.defined() && !tau_per_row ? scalar_value(tau_in) : config.tau_value;
   TORCH_CHECK_VALUE(std::isfinite(task.tau), "tau is ", task.tau);
   TORCH_CHECK_VALUE(!tau_per_row || at::isfinite(tau_rows).all().item<bool>(), "tau has a value that is not finite");
-  if (task.tau == 0 && !tau_in.defined() && !wanted.stats) task.distance = Distance::none;
+  const bool penalised = task.distance != Distance::none && (tau_per_row || task.tau != 0);
+  if (!penalised) task.tau = 0;
+  if (!penalised && !wanted.stats && !wanted.tau_grad) task.distance = Distance::none;
   if (wanted.stats && task.distance == Distance::none) task.distance = Distance::uniform;
 
   const int64_t* labels = y.const_data_ptr<int64_t>();
@@ -252,22 +252,25 @@ Result compute(const Tensor& logits, const Tensor& y_in, const Tensor& weight_in
   TORCH_CHECK(task.classes <= std::numeric_limits<int32_t>::max(), "more than 2^31 - 1 classes");
 
   Result result;
+  double denominator = 1;
   if (config.reduction == Reduction::mean) {
-    result.denominator = static_cast<double>(scan.counted);
+    denominator = static_cast<double>(scan.counted);
     if (weight.defined()) {
-      result.denominator = type == at::kDouble ? weight_of_labels<double>(weight, y, config.ignore_index)
-                                               : weight_of_labels<float>(weight, y, config.ignore_index);
+      denominator = type == at::kDouble ? weight_of_labels<double>(weight, y, config.ignore_index)
+                                        : weight_of_labels<float>(weight, y, config.ignore_index);
     }
+    // The mean over no row at all is NaN, but nothing depends on it.
+    result.grad_scale = scan.counted == 0 ? 0 : 1 / denominator;
   }
-  if (wanted.grad) result.grad = at::empty_like(logits.detach());
-  if (wanted.tau_grad) result.tau_grad = at::empty({task.rows}, options);
+  if (wanted.grad) result.grad = at::empty_like(logits);
+  if (wanted.tau_grad) result.tau_grad = at::zeros({task.rows}, options);
   const bool per_row = config.reduction == Reduction::none;
   // An unbatched row may come with a target of shape (1,): the loss is a scalar all the same.
   result.loss =
       per_row ? at::empty(logits.dim() == 1 ? at::IntArrayRef{} : y.sizes(), options) : at::empty({}, options);
   if (wanted.stats) {
     std::vector<int64_t> shape{3};
-    shape.insert(shape.end(), y_in.sizes().begin(), y_in.sizes().end());
+    if (logits.dim() > 1) shape.insert(shape.end(), y_in.sizes().begin(), y_in.sizes().end());
     result.stats = at::empty(shape, options);
   }
 
@@ -278,13 +281,13 @@ Result compute(const Tensor& logits, const Tensor& y_in, const Tensor& weight_in
   task.logits = logits.const_data_ptr();
   task.labels = labels;
   task.class_weights = read(weight);
-  task.tau_rows = read(tau_rows);
-  task.grad_scale = 1.0 / result.denominator;
+  task.tau_rows = penalised ? read(tau_rows) : nullptr;
+  task.grad_scale = result.grad_scale;
   task.upstream = read(upstream);
   task.upstream_stride = upstream.defined() && upstream.dim() > 0 && upstream.numel() > 1 ? 1 : 0;
   task.grad = data(result.grad);
   task.loss = per_row ? data(result.loss) : nullptr;
-  task.tau_grad = data(result.tau_grad);
+  task.tau_grad = config.distance == Distance::none ? nullptr : data(result.tau_grad);
   if (wanted.stats) {
     char* const stats = static_cast<char*>(data(result.stats));
     const int64_t step = task.rows * static_cast<int64_t>(result.stats.element_size());
@@ -294,7 +297,7 @@ Result compute(const Tensor& logits, const Tensor& y_in, const Tensor& weight_in
   }
   const double sum = run_rows(cpu, task);
   if (!per_row) {
-    const double loss = sum / result.denominator;
+    const double loss = sum / denominator;
     if (type == at::kDouble) *result.loss.mutable_data_ptr<double>() = loss;
     else *result.loss.mutable_data_ptr<float>() = static_cast<float>(loss);
   }
@@ -330,12 +333,19 @@ bool is_single_value(const Tensor& upstream) {
   return upstream.numel() > 0;
 }
 
+// False for wrappers without memory of their own: a batch of upstream gradients under vmap, say.
+bool is_readable(const Tensor& t) {
+  constexpr c10::DispatchKeySet wrappers({c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched,
+                                          c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Python});
+  return t.device().is_cpu() && !t.key_set().has_any(wrappers);
+}
+
 struct SoftmaxLossBackward : torch::autograd::Node {
   Config config;
   torch::autograd::SavedVariable logits, y, weight, tau;
   Tensor grad;      // d loss / d logits for an upstream gradient of 1, until handed over
   Tensor tau_grad;  // d row loss / d tau, per row, before the reduction
-  double denominator = 1;
+  double grad_scale = 1;
   bool released = false;
 
   std::string name() const override { return "SoftmaxLossBackward"; }
@@ -357,7 +367,7 @@ struct SoftmaxLossBackward : torch::autograd::Node {
     const Tensor& upstream = upstreams[0];
     torch::autograd::variable_list grads(num_outputs());
     if (!upstream.defined()) return grads;
-    if (at::GradMode::is_enabled()) return differentiable(upstream);
+    if (at::GradMode::is_enabled() || !is_readable(upstream)) return differentiable(upstream);
     if (task_should_compute_output(0)) grads[0] = logits_gradient(upstream);
     if (grads.size() > 1 && task_should_compute_output(1)) grads[1] = tau_gradient(upstream);
     return grads;
@@ -385,18 +395,20 @@ struct SoftmaxLossBackward : torch::autograd::Node {
 
   Tensor tau_gradient(const Tensor& upstream) {
     const Tensor like = tau.unpack();
-    const Tensor rows = tau_grad * upstream.to(tau_grad.scalar_type()).reshape({-1}) / denominator;
+    const Tensor rows = tau_grad * upstream.to(tau_grad.scalar_type()).reshape({-1}) * grad_scale;
     return (like.dim() == 0 ? rows.sum() : rows.reshape(like.sizes())).to(like.scalar_type());
   }
 
   torch::autograd::variable_list differentiable(const Tensor& upstream) {
+    const bool create_graph = at::GradMode::is_enabled();
+    at::AutoGradMode record(true);
     const Tensor z = logits.unpack(), t = tau.unpack();
     const Tensor loss = reference_loss(z, y.unpack(), weight.unpack(), t, config);
     torch::autograd::variable_list inputs, grads(num_outputs());
     if (task_should_compute_output(0)) inputs.push_back(z);
     const bool with_tau = grads.size() > 1 && task_should_compute_output(1);
     if (with_tau) inputs.push_back(t);
-    auto found = torch::autograd::grad({loss}, inputs, {upstream}, true, true, true);
+    auto found = torch::autograd::grad({loss}, inputs, {upstream}, create_graph, create_graph, true);
     if (task_should_compute_output(0)) grads[0] = found[0];
     if (with_tau) grads[1] = found.back();
     return grads;
@@ -448,7 +460,7 @@ std::tuple<Tensor, Tensor> softmax_loss(const Tensor& logits, const Tensor& y, c
     node->tau = torch::autograd::SavedVariable(tau, false);
     node->grad = std::move(result.grad);
     node->tau_grad = std::move(result.tau_grad);
-    node->denominator = result.denominator;
+    node->grad_scale = result.grad_scale;
     node->set_next_edges(tau.defined() ? torch::autograd::collect_next_edges(logits, tau)
                                        : torch::autograd::collect_next_edges(logits));
     torch::autograd::set_history(result.loss, node);

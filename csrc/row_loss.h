@@ -7,7 +7,10 @@
 //
 //   M = max_R z    A1 = sum_R exp(z_k - M)    A2 = sum_R exp(2(z_k - M))    mu = mean_R z    V = sum_R (z_k - mu)^2
 //   lse = M + log A1        r_k = exp(z_k - lse)          the softmax over the wrong classes alone
-//   delta = lse - (s z_y - m)        rho = A2 / A1^2        kappa = lse - mu
+//   delta = lse - (s z_y - m)        rho = A2 / A1^2        kappa = lse - mu = h + log A1
+// h = M - mu, the depth of the mean below the maximum, is kept in place of mu: like all the others it does not
+// change when a constant is added to the row, so a large constant costs no precision.
+//
 //   p = sigmoid(-delta)     w = sigmoid(delta) = 1 - p    p_k = w r_k
 //
 // A loss is a function F of (delta, rho, V, kappa). By the chain rule, with d lse / d z_k = r_k,
@@ -94,7 +97,7 @@ DRSL_FN T infinity() {
 
 template <class T>
 struct RowStats {
-  T max, sum_exp, sum_exp2, mean, variance, count;  // M, A1, A2, mu, V, n
+  T max, sum_exp, sum_exp2, depth, variance, count;  // M, A1, A2, h, V, n
 };
 
 template <class T>
@@ -107,27 +110,29 @@ template <class T>
 DRSL_FN RowStats<T> single_stats(T z) {
   const auto masked = z == -infinity<T>();
   const T one = select(masked, T(0), T(1));
-  return {z, one, one, select(masked, T(0), z), T(0), one};
+  return {z, one, one, T(0), T(0), one};
 }
 
-// exp(part - whole) for a maximum `part` of a part of a set with maximum `whole`; 0 for an empty part.
+// How far the maximum of a part is below that of the whole; 0 for an empty part, which weighs nothing.
 template <class T>
-DRSL_FN T rescale(T part, T whole) {
-  return select(part == -infinity<T>(), T(0), exp_(part - whole));
+DRSL_FN T drop(T part, T whole) {
+  return select(part == -infinity<T>(), T(0), whole - part);
 }
 
 // Associative and commutative up to rounding; NaN in either side stays NaN.
 template <class T>
 DRSL_FN RowStats<T> merge(const RowStats<T>& x, const RowStats<T>& y) {
   const T max = select(x.max > y.max, x.max, y.max);
-  const T fx = rescale(x.max, max), fy = rescale(y.max, max);
+  const T drop_x = drop(x.max, max), drop_y = drop(y.max, max);
+  const T fx = exp_(-drop_x), fy = exp_(-drop_y);
   const T count = x.count + y.count;
   const T share = select(count == T(0), T(0), y.count / count);
-  const T step = y.mean - x.mean;
+  const T depth_x = x.depth + drop_x, depth_y = y.depth + drop_y;
+  const T step = depth_y - depth_x;
   return {max,
           x.sum_exp * fx + y.sum_exp * fy,
           x.sum_exp2 * (fx * fx) + y.sum_exp2 * (fy * fy),
-          x.mean + step * share,
+          depth_x + step * share,
           x.variance + y.variance + step * step * (x.count * share),
           count};
 }
@@ -143,11 +148,11 @@ struct LossParams {
   S q, scale, margin, smoothing;  // q of gce; s and m of the label transform; e
 };
 
-// What a row brings besides its statistics. Without class weights: weight = 1, rest_weight = n, rest_mean = mu.
+// What a row brings besides its statistics. Without class weights: weight = 1, rest_weight = n, rest_depth = h.
 template <class T>
 struct RowInput {
   T label_logit, tau, weight;  // z_y, tau, u_y
-  T rest_weight, rest_mean;    // U, nu: read only when smoothing > 0
+  T rest_weight, rest_depth;   // U, M - nu: read only when smoothing > 0
 };
 
 template <class T>
@@ -244,7 +249,7 @@ DRSL_FN RowLoss<T> row_loss(const LossParams<Scalar<T>>& params, const RowStats<
   const T label = select(in.label_logit == infinity<T>(), nan, in.label_logit);
   const T sum_exp = select(alone, T(1), rest.sum_exp);
   const T rho = rest.sum_exp2 / (sum_exp * sum_exp);
-  const T kappa = (rest.max - rest.mean) + log_(sum_exp);
+  const T kappa = rest.depth + log_(sum_exp);
   const T n = select(rest.count > T(1), rest.count, T(1));
 
   const Odds<T> odds = label_odds(rest, label, T(params.scale), T(params.margin));
@@ -256,7 +261,7 @@ DRSL_FN RowLoss<T> row_loss(const LossParams<Scalar<T>>& params, const RowStats<
   if (params.smoothing > Scalar<T>(0)) {
     const T e = T(params.smoothing), share = e / (rest.count + T(1));
     const T A = (T(1) - e) * in.weight + share * (in.weight + in.rest_weight), B = share * in.rest_weight;
-    const T level = (rest.max - in.rest_mean) + log_(sum_exp);
+    const T level = in.rest_depth + log_(sum_exp);
     // The label at -inf makes delta +inf; the loss is +inf then, and must not become inf - inf.
     const auto lost = odds.delta == infinity<T>();
     value = A * truth.value + B * (level - select(lost, T(0), odds.delta));
@@ -266,7 +271,9 @@ DRSL_FN RowLoss<T> row_loss(const LossParams<Scalar<T>>& params, const RowStats<
   const T strength = in.tau * in.weight;
   const auto off = strength == T(0);  // 0 * inf is not a penalty
   value = value + select(off, T(0), strength * dist.value);
-  const T f_delta = d_delta + strength * dist.d_delta;
+  // Not every term reads delta, and a maximum may pass over a NaN: what the row reports must be NaN all the same.
+  const T poison = select(odds.delta == odds.delta, T(0), nan);
+  const T f_delta = d_delta + strength * dist.d_delta + poison;
   const T f_rho = strength * dist.d_rho;
   const T f_kappa = strength * dist.d_kappa;
 
@@ -275,8 +282,8 @@ DRSL_FN RowLoss<T> row_loss(const LossParams<Scalar<T>>& params, const RowStats<
   RowLoss<T> out;
   out.loss = select(alone, label_or_zero, value);
   out.cross_entropy = select(alone, label_or_zero, odds.softplus);
-  out.distance = select(alone, label_or_zero, dist.value);
-  out.margin = label - rest.max;
+  out.distance = select(alone, label_or_zero, dist.value + poison);
+  out.margin = label - rest.max + poison;
   out.a = select(alone, T(0), f_delta + d_mean + f_kappa - T(2) * rho * f_rho);
   out.b = T(2) * f_rho;
   out.c = T(2) * strength * dist.d_variance;

@@ -77,11 +77,24 @@ struct LossSum {
 };
 
 // Gradient of a block of rows, each row in its lane, scaled: with e_k = exp(z_k - M),
-//   k != y:  e_k (a + b e_k) + c (z_k - mean) - d - smooth u_k        k == y:  label
+//   k != y:  e_k (a + b e_k) + c (z_k - max) + offset - smooth u_k        k == y:  label
 template <class S>
 struct BlockGrad {
-  Vec<S> a, b, c, d, mean, smooth, label;
+  Vec<S> a, b, c, offset, max, smooth, label;
 };
+
+// h and V of a row's rest from its deviations from a rounded mean: their sum corrects the rounding.
+template <class V>
+struct Moments {
+  V depth, variance;
+};
+
+template <class V>
+DRSL_FN Moments<V> corrected_moments(V max, V mean, V deviations, V squares, V count) {
+  const V n = select(count > V(1), count, V(1));
+  const V drift = deviations / n;
+  return {(max - mean) - drift, squares - deviations * drift};
+}
 
 template <class S>
 DRSL_FN Vec<S> read_rows(const void* rows, int64_t first, int64_t n) {
@@ -93,25 +106,55 @@ DRSL_FN void write_rows(void* rows, int64_t first, int64_t n, Vec<S> x) {
   if (rows) store_first(static_cast<S*>(rows) + first, x, n);
 }
 
-// Losses, outputs and gradient coefficients of rows first .. first + n - 1. Lanes of ignored rows give zeros.
-// rest_weight and rest_mean are U and nu; where the call has no class weights they are n and mu.
+// The labels of rows first .. first + n - 1, one per lane; lanes that hold no row that counts have label 0.
+template <class S>
+struct BlockLabels {
+  typename Vec<S>::Bits number;
+  Mask<S> valid;
+};
+
 template <class D, class S = Accumulator<D>>
-DRSL_FN BlockGrad<S> finish_block(const Call<D>& call, int64_t first, int64_t n, const RowStats<Vec<S>>& stats,
-                                  Vec<S> label_logit, Vec<S> rest_weight, Vec<S> rest_mean, LossSum<S>& sum) {
+DRSL_FN BlockLabels<S> block_labels(const Call<D>& call, int64_t first, int64_t n) {
   constexpr int kLanes = Vec<S>::kLanes;
+  using Int = typename Vec<S>::Int;
+  const int64_t ignore = call.task.ignore_index;
+  const int64_t* labels = call.task.labels + first;
+  int64_t filled[kLanes];
+  if (n < kLanes) {
+    for (int i = 0; i < kLanes; ++i) filled[i] = i < n ? labels[i] : ignore;
+    labels = filled;
+  }
+  Int number[kLanes], valid[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    valid[i] = labels[i] == ignore ? Int(0) : Int(-1);
+    number[i] = Int(labels[i]) & valid[i];
+  }
+  BlockLabels<S> result;
+  memcpy(&result.number, number, sizeof(number));
+  memcpy(&result.valid.v, valid, sizeof(valid));
+  return result;
+}
+
+template <class S>
+DRSL_FN Vec<S> weights_of(const S* class_weights, const BlockLabels<S>& labels) {
+  S weight[Vec<S>::kLanes];
+  for (int i = 0; i < Vec<S>::kLanes; ++i) weight[i] = class_weights[labels.number[i]];
+  return load(static_cast<const S*>(weight));
+}
+
+// Losses, outputs and gradient coefficients of rows first .. first + n - 1. Lanes of ignored rows give zeros.
+// rest_weight and rest_depth are U and M - nu; where the call has no class weights they are n and h.
+template <class D, class S = Accumulator<D>>
+DRSL_FN BlockGrad<S> finish_block(const Call<D>& call, int64_t first, int64_t n, const BlockLabels<S>& labels,
+                                  const RowStats<Vec<S>>& stats, Vec<S> label_logit, Vec<S> rest_weight,
+                                  Vec<S> rest_depth, LossSum<S>& sum) {
   const Task& t = call.task;
   const Vec<S> zero(S(0)), one(S(1));
-  S counted[kLanes] = {}, weights[kLanes] = {};
-  for (int64_t i = 0; i < n; ++i) {
-    const bool counts = !call.ignored(first + i);
-    counted[i] = counts ? S(1) : S(0);
-    weights[i] = !counts ? S(0) : call.class_weights ? call.class_weights[t.labels[first + i]] : S(1);
-  }
-  const Mask<S> valid = load(static_cast<const S*>(counted)) != zero;
-  const Vec<S> weight = load(static_cast<const S*>(weights));
+  const Mask<S> valid = labels.valid;
+  const Vec<S> weight = call.class_weights ? weights_of(call.class_weights, labels) : one;
   const Vec<S> tau = call.tau_rows ? read_rows<S>(call.tau_rows, first, n) : Vec<S>(S(t.tau));
 
-  const RowInput<Vec<S>> in{label_logit, tau, weight, rest_weight, rest_mean};
+  const RowInput<Vec<S>> in{label_logit, tau, weight, rest_weight, rest_depth};
   const RowLoss<Vec<S>> row = row_loss(call.params, stats, in);
   const Vec<S> loss = select(valid, row.loss, zero);
   sum.add(loss);
@@ -127,12 +170,16 @@ DRSL_FN BlockGrad<S> finish_block(const Call<D>& call, int64_t first, int64_t n,
   }
   scale = select(valid, scale, zero);
   const Vec<S> per_sum = one / select(stats.sum_exp == zero, one, stats.sum_exp);
+  // Where c is 0 the moments do not count, even if they overflowed.
+  const Mask<S> flat = row.c == zero;
+  const Vec<S> smooth = row.smooth * scale;
+  const Vec<S> d = (call.class_weights ? row.d : row.d + row.smooth) * scale;  // without class weights u_k = 1
   return {row.a * scale * per_sum,
           row.b * scale * per_sum * per_sum,
           row.c * scale,
-          (call.class_weights ? row.d : row.d + row.smooth) * scale,  // without class weights u_k = 1
-          stats.mean,
-          row.smooth * scale,
+          select(flat, zero, row.c * scale * stats.depth) - d,
+          select(flat, zero, stats.max),
+          smooth,
           row.label * scale};
 }
 

@@ -61,59 +61,59 @@ DRSL_FN Vec<S> fold(const Vec<S> (&x)[kSlots]) {
   return (x[0] + x[1]) + (x[2] + x[3]);
 }
 
-// M and mu of the rest, and its size n.
+// M, a rounded mu, and n of the rest. The mean is a sum of shares z_k / n, which cannot overflow.
 template <class S>
 struct RowTop {
   S max, mean, count;
 };
 
 template <class D, class S = Accumulator<D>>
-DRSL_FN RowTop<S> top_of_masked_row(const D* z, int64_t classes, int64_t label) {
+DRSL_FN RowTop<S> top_of_masked_row(const D* z, int64_t classes, int64_t label, Vec<S> share) {
   const Vec<S> lowest = -infinity<Vec<S>>(), zero(S(0)), one(S(1));
-  Vec<S> max = lowest, sum = zero, count = zero;
+  Vec<S> max = lowest, mean = zero, count = zero;
   const auto take = [&](Vec<S> v) {
     const Mask<S> present = v != lowest;
     max = max_(max, v);
-    sum = sum + select(present, v, zero);
+    mean = mean + select(present, v, zero) * share;
     count = count + select(present, one, zero);
   };
   sweep_rest<S>(
       classes, label, [&](int64_t k, auto) { take(load(z + k)); },
       [&](int64_t k, int64_t n, Mask<S> keep) { take(select(keep, load_first(z + k, n), lowest)); });
   const S present = reduce_add(count);
-  return {reduce_max(max), reduce_add(sum) / (present > S(1) ? present : S(1)), present};
+  return {reduce_max(max), reduce_add(mean) * (S(classes - 1) / (present > S(1) ? present : S(1))), present};
 }
 
 template <class D, class S = Accumulator<D>>
 DRSL_FN RowTop<S> top_of_row(const D* z, int64_t classes, int64_t label) {
   const Vec<S> lowest = -infinity<Vec<S>>(), zero(S(0));
-  Vec<S> max[kSlots] = {lowest, lowest, lowest, lowest}, sum[kSlots] = {zero, zero, zero, zero};
+  const Vec<S> share(S(1) / S(classes > 2 ? classes - 1 : 1));
+  Vec<S> max[kSlots] = {lowest, lowest, lowest, lowest}, mean[kSlots] = {zero, zero, zero, zero};
   sweep_rest<S>(
       classes, label,
       [&](int64_t k, auto slot) {
         constexpr int i = decltype(slot)::kIndex;
         const Vec<S> v = load(z + k);
         max[i] = max_(max[i], v);
-        sum[i] = sum[i] + v;
+        mean[i] = mean[i] + v * share;
       },
       [&](int64_t k, int64_t n, Mask<S> keep) {
         const Vec<S> v = load_first(z + k, n);
         max[0] = max_(max[0], select(keep, v, lowest));
-        sum[0] = sum[0] + select(keep, v, zero);
+        mean[0] = mean[0] + select(keep, v, zero) * share;
       });
-  const S total = reduce_add(fold(sum));
-  if (!(total > -S(INFINITY))) return top_of_masked_row(z, classes, label);  // a class at -inf, or NaN
-  const S count = S(classes - 1);
-  return {reduce_max(max_(max_(max[0], max[1]), max_(max[2], max[3]))), total / (count > S(1) ? count : S(1)), count};
+  const S total = reduce_add(fold(mean));
+  if (!(total > -S(INFINITY))) return top_of_masked_row(z, classes, label, share);  // a class at -inf, or NaN
+  return {reduce_max(max_(max_(max[0], max[1]), max_(max[2], max[3]))), total, S(classes - 1)};
 }
 
-// A1, A2 and V of the rest. With kKeep the exponentials stay in `exps`; the label's is 0.
+// A1, A2, and the sums of z_k - mean and of its square. With kKeep the exponentials stay in `exps`; the label's is 0.
 template <class Terms, bool kKeep, class D, class S = Accumulator<D>>
-DRSL_FN void sums_of_row(const D* z, int64_t classes, int64_t label, const RowTop<S>& top, S* exps, S (&sums)[3]) {
+DRSL_FN void sums_of_row(const D* z, int64_t classes, int64_t label, const RowTop<S>& top, S* exps, S (&sums)[4]) {
   const Vec<S> lowest = -infinity<Vec<S>>(), zero(S(0));
   const Vec<S> shift(top.max == -S(INFINITY) ? S(0) : top.max), mean(top.mean);
   Vec<S> first[kSlots] = {zero, zero, zero, zero}, second[kSlots] = {zero, zero, zero, zero},
-         variance[kSlots] = {zero, zero, zero, zero};
+         steps[kSlots] = {zero, zero, zero, zero}, squares[kSlots] = {zero, zero, zero, zero};
   const auto take = [&](int64_t k, Vec<S> v, auto slot) {
     constexpr int i = decltype(slot)::kIndex;
     const Vec<S> e = exp_(v - shift);
@@ -121,7 +121,8 @@ DRSL_FN void sums_of_row(const D* z, int64_t classes, int64_t label, const RowTo
     if constexpr (Terms::kSquares) second[i] = second[i] + e * e;
     if constexpr (Terms::kMoments) {
       const Vec<S> step = select(v != lowest, v - mean, zero);
-      variance[i] = variance[i] + step * step;
+      steps[i] = steps[i] + step;
+      squares[i] = squares[i] + step * step;
     }
     if constexpr (kKeep) store(exps + k, e);
   };
@@ -130,18 +131,21 @@ DRSL_FN void sums_of_row(const D* z, int64_t classes, int64_t label, const RowTo
       [&](int64_t k, int64_t n, Mask<S> keep) { take(k, select(keep, load_first(z + k, n), lowest), Slot<0>()); });
   sums[0] = reduce_add(fold(first));
   if constexpr (Terms::kSquares) sums[1] = reduce_add(fold(second));
-  if constexpr (Terms::kMoments) sums[2] = reduce_add(fold(variance));
+  if constexpr (Terms::kMoments) {
+    sums[2] = reduce_add(fold(steps));
+    sums[3] = reduce_add(fold(squares));
+  }
 }
 
-// U = sum_R u_k and U nu = sum_R u_k z_k.
+// U = sum_R u_k and U (M - nu) = sum_R u_k (M - z_k).
 template <class D, class S = Accumulator<D>>
-DRSL_FN void weighted_sums_of_row(const D* z, const S* u, int64_t classes, int64_t label, S (&sums)[2]) {
-  const Vec<S> lowest = -infinity<Vec<S>>(), zero(S(0));
-  Vec<S> weight = zero, logit = zero;
+DRSL_FN void weighted_sums_of_row(const D* z, const S* u, int64_t classes, int64_t label, S max, S (&sums)[2]) {
+  const Vec<S> lowest = -infinity<Vec<S>>(), zero(S(0)), top(max);
+  Vec<S> weight = zero, depth = zero;
   const auto take = [&](Vec<S> v, Vec<S> share) {
     const Mask<S> present = v != lowest;
     weight = weight + select(present, share, zero);
-    logit = logit + select(present, share * v, zero);
+    depth = depth + select(present, share * (top - v), zero);
   };
   sweep_rest<S>(
       classes, label, [&](int64_t k, auto) { take(load(z + k), load(u + k)); },
@@ -149,20 +153,20 @@ DRSL_FN void weighted_sums_of_row(const D* z, const S* u, int64_t classes, int64
         take(select(keep, load_first(z + k, n), lowest), load_first(u + k, n));
       });
   sums[0] = reduce_add(weight);
-  sums[1] = reduce_add(logit);
+  sums[1] = reduce_add(depth);
 }
 
 template <class Terms, class D, class S = Accumulator<D>>
 DRSL_FN void write_gradient(const D* z, const S* u, D* grad, int64_t classes, int64_t label, const S* exps,
                             const BlockGrad<S>& block, int lane) {
   constexpr int64_t kLanes = Vec<S>::kLanes;
-  const Vec<S> a(block.a.v[lane]), b(block.b.v[lane]), c(block.c.v[lane]), d(block.d.v[lane]);
-  const Vec<S> mean(block.mean.v[lane]), smooth(block.smooth.v[lane]);
+  const Vec<S> a(block.a.v[lane]), b(block.b.v[lane]), c(block.c.v[lane]);
+  const Vec<S> offset(block.offset.v[lane]), max(block.max.v[lane]), smooth(block.smooth.v[lane]);
   const auto gradient = [&](Vec<S> e, Vec<S> v, Vec<S> weight) {
     Vec<S> g = e * a;
     if constexpr (Terms::kSquares) g = e * (a + b * e);
     if constexpr (Terms::kMoments) {
-      Vec<S> step = c * (v - mean) - d;
+      Vec<S> step = c * (v - max) + offset;
       if constexpr (Terms::kWeightedMean) step = step - smooth * weight;
       g = g + select(v != -infinity<Vec<S>>(), step, Vec<S>(S(0)));
     }
@@ -193,13 +197,14 @@ DRSL_FN void row_block(const Call<D>& call, int64_t first, int64_t n, S* scratch
   row_offsets(t.layout, first, n, offsets, grad_offsets);
 
   S max[kLanes] = {}, mean[kLanes] = {}, count[kLanes] = {}, label_logit[kLanes] = {};
-  S sum_exp[kLanes] = {}, sum_exp2[kLanes] = {}, variance[kLanes] = {}, weight[kLanes] = {}, weighted[kLanes] = {};
+  S sum_exp[kLanes] = {}, sum_exp2[kLanes] = {}, steps[kLanes] = {}, squares[kLanes] = {};
+  S weight[kLanes] = {}, weighted_depth[kLanes] = {};
   for (int i = 0; i < n; ++i) {
     if (call.ignored(first + i)) continue;
     const D* z = call.logits + offsets[i];
     const int64_t label = t.labels[first + i];
     const RowTop<S> top = top_of_row(z, t.classes, label);
-    S sums[3] = {};
+    S sums[4] = {};
     sums_of_row<Terms, kGrad>(z, t.classes, label, top, scratch + i * padded<S>(t.classes), sums);
     max[i] = top.max;
     mean[i] = top.mean;
@@ -207,22 +212,24 @@ DRSL_FN void row_block(const Call<D>& call, int64_t first, int64_t n, S* scratch
     label_logit[i] = load_one(z + label);
     sum_exp[i] = sums[0];
     sum_exp2[i] = sums[1];
-    variance[i] = sums[2];
+    steps[i] = sums[2];
+    squares[i] = sums[3];
     if constexpr (Terms::kWeightedMean) {
       S u[2];
-      weighted_sums_of_row(z, call.class_weights, t.classes, label, u);
+      weighted_sums_of_row(z, call.class_weights, t.classes, label, top.max, u);
       weight[i] = u[0];
-      weighted[i] = u[0] == S(0) ? S(0) : u[1] / u[0];
-    } else {
-      weight[i] = top.count;
-      weighted[i] = top.mean;
+      weighted_depth[i] = u[0] == S(0) ? S(0) : u[1] / u[0];
     }
   }
 
   const auto lanes = [](const S(&x)[kLanes]) { return load(static_cast<const S*>(x)); };
-  const RowStats<Vec<S>> stats{lanes(max), lanes(sum_exp), lanes(sum_exp2), lanes(mean), lanes(variance), lanes(count)};
-  const BlockGrad<S> block =
-      finish_block(call, first, n, stats, lanes(label_logit), lanes(weight), lanes(weighted), sum);
+  const Moments<Vec<S>> moments =
+      corrected_moments(lanes(max), lanes(mean), lanes(steps), lanes(squares), lanes(count));
+  const RowStats<Vec<S>> stats{lanes(max),    lanes(sum_exp),   lanes(sum_exp2),
+                               moments.depth, moments.variance, lanes(count)};
+  const BlockGrad<S> block = finish_block(call, first, n, block_labels(call, first, n), stats, lanes(label_logit),
+                                          Terms::kWeightedMean ? lanes(weight) : stats.count,
+                                          Terms::kWeightedMean ? lanes(weighted_depth) : stats.depth, sum);
 
   if constexpr (kGrad) {
     for (int i = 0; i < n; ++i) {

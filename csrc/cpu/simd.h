@@ -125,6 +125,19 @@ DRSL_FN Mask<S> lane_below(int64_t n) {
   return {lane_numbers<S>() < static_cast<Int>(n)};
 }
 
+// Is any lane true?
+template <class S>
+DRSL_FN bool any(Mask<S> m) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4) return _mm512_test_epi32_mask((__m512i)m.v, (__m512i)m.v) != 0;
+  else return _mm512_test_epi64_mask((__m512i)m.v, (__m512i)m.v) != 0;
+#else
+  typename Vec<S>::Int bits = 0;
+  for (int i = 0; i < Vec<S>::kLanes; ++i) bits |= m.v[i];
+  return bits != 0;
+#endif
+}
+
 template <class S>
 DRSL_FN S reduce_add(Vec<S> x) {
   S sum = S(0);

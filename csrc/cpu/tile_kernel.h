@@ -28,7 +28,11 @@ DRSL_FN void load_tile(const D* base, const int64_t* offsets, int64_t n, int64_t
       for (int64_t c = 0; c < classes; c += kLanes) {
         const int64_t width = classes - c < kLanes ? classes - c : kLanes;
         Vec<S> square[kLanes];
-        for (int i = 0; i < kLanes; ++i) square[i] = i < n ? load_first(base + offsets[i] + c, width) : Vec<S>(S(0));
+        if (n == kLanes) {
+          for (int i = 0; i < kLanes; ++i) square[i] = load_first(base + offsets[i] + c, width);
+        } else {
+          for (int i = 0; i < kLanes; ++i) square[i] = i < n ? load_first(base + offsets[i] + c, width) : Vec<S>(S(0));
+        }
         transpose(square);
         for (int j = 0; j < width; ++j) store(tile + (c + j) * kLanes, square[j]);
       }
@@ -77,32 +81,33 @@ struct TileTop {
 
 template <class S>
 DRSL_FN TileTop<S> top_of_tile(S* tile, int64_t classes, Mask<S> (*is_label)(int64_t, typename Vec<S>::Bits),
-                               typename Vec<S>::Bits labels, int64_t n) {
+                               typename Vec<S>::Bits labels) {
   constexpr int kLanes = Vec<S>::kLanes;
   const Vec<S> lowest = -infinity<Vec<S>>(), zero(S(0)), one(S(1));
-  Vec<S> max = lowest, sum = zero, label_logit = zero;
+  const S others = S(classes > 2 ? classes - 1 : 1);
+  const Vec<S> share(S(1) / others);
+  Vec<S> max = lowest, mean = zero, label_logit = zero;  // a sum of shares z_k / n cannot overflow
   for (int64_t c = 0; c < classes; ++c) {
     const Vec<S> v = load(static_cast<const S*>(tile) + c * kLanes);
     const Mask<S> is = is_label(c, labels);
     label_logit = select(is, v, label_logit);
-    sum = sum + select(is, zero, v);
+    mean = mean + select(is, zero, v) * share;
     const Vec<S> rest = select(is, lowest, v);
     max = max_(max, rest);
     store(tile + c * kLanes, rest);
   }
   Vec<S> count(S(classes - 1));
-  bool all_present = true;
-  for (int i = 0; i < n; ++i) all_present &= sum.v[i] > -S(INFINITY);
-  if (!all_present) {
-    sum = count = zero;
+  if (any(Mask<S>{~(mean > lowest).v})) {  // a class at -inf, or NaN
+    mean = count = zero;
     for (int64_t c = 0; c < classes; ++c) {
       const Vec<S> v = load(static_cast<const S*>(tile) + c * kLanes);
       const Mask<S> present = v != lowest;
-      sum = sum + select(present, v, zero);
+      mean = mean + select(present, v, zero) * share;
       count = count + select(present, one, zero);
     }
+    mean = mean * (Vec<S>(others) / select(count > one, count, one));
   }
-  return {max, sum / select(count > one, count, one), count, label_logit};
+  return {max, mean, count, label_logit};
 }
 
 // Rows first .. first + n - 1, n <= kLanes. Scratch holds two tiles: logits, and exponentials that turn into the
@@ -120,22 +125,14 @@ DRSL_FN void tile_block(const Call<D>& call, int64_t first, int64_t n, S* scratc
 
   int64_t offsets[kLanes], grad_offsets[kLanes];
   row_offsets(t.layout, first, n, offsets, grad_offsets);
-  Int label_numbers[kLanes];
-  bool any_ignored = false;
-  for (int i = 0; i < kLanes; ++i) {
-    const bool ignored = i >= n || call.ignored(first + i);
-    any_ignored |= ignored;
-    label_numbers[i] = ignored ? Int(0) : Int(t.labels[first + i]);
-  }
-  Bits labels;
-  memcpy(&labels, label_numbers, sizeof(labels));
+  const BlockLabels<S> labels = block_labels(call, first, n);
   const auto is_label = [](int64_t c, Bits y) { return Mask<S>{y == static_cast<Int>(c)}; };
 
   load_tile(call.logits, offsets, n, classes, t.layout.logits_class_stride, logits);
-  const TileTop<S> top = top_of_tile<S>(logits, classes, is_label, labels, n);
+  const TileTop<S> top = top_of_tile<S>(logits, classes, is_label, labels.number);
 
   const Vec<S> shift = select(top.max == lowest, zero, top.max);
-  Vec<S> sum_exp = zero, sum_exp2 = zero, variance = zero, weight = zero, weighted = zero;
+  Vec<S> sum_exp = zero, sum_exp2 = zero, steps = zero, squares = zero, weight = zero, weighted_depth = zero;
   for (int64_t c = 0; c < classes; ++c) {
     const Vec<S> v = load(static_cast<const S*>(logits) + c * kLanes);
     const Vec<S> e = exp_(v - shift);
@@ -144,23 +141,25 @@ DRSL_FN void tile_block(const Call<D>& call, int64_t first, int64_t n, S* scratc
     if constexpr (Terms::kMoments) {
       const Mask<S> present = v != lowest;
       const Vec<S> step = select(present, v - top.mean, zero);
-      variance = variance + step * step;
+      steps = steps + step;
+      squares = squares + step * step;
       if constexpr (Terms::kWeightedMean) {
         const Vec<S> u(call.class_weights[c]);
         weight = weight + select(present, u, zero);
-        weighted = weighted + select(present, u * v, zero);
+        weighted_depth = weighted_depth + select(present, u * (top.max - v), zero);
       }
     }
     if constexpr (kGrad) store(exps + c * kLanes, e);
   }
-  const RowStats<Vec<S>> stats{top.max, sum_exp, sum_exp2, top.mean, variance, top.count};
+  const Moments<Vec<S>> moments = corrected_moments(top.max, top.mean, steps, squares, top.count);
+  const RowStats<Vec<S>> stats{top.max, sum_exp, sum_exp2, moments.depth, moments.variance, top.count};
   if constexpr (Terms::kWeightedMean) {
-    weighted = weighted / select(weight == zero, Vec<S>(S(1)), weight);
+    weighted_depth = weighted_depth / select(weight == zero, Vec<S>(S(1)), weight);
   } else {
     weight = top.count;
-    weighted = top.mean;
+    weighted_depth = moments.depth;
   }
-  const BlockGrad<S> block = finish_block(call, first, n, stats, top.label_logit, weight, weighted, sum);
+  const BlockGrad<S> block = finish_block(call, first, n, labels, stats, top.label_logit, weight, weighted_depth, sum);
 
   if constexpr (kGrad) {
     for (int64_t c = 0; c < classes; ++c) {
@@ -169,13 +168,13 @@ DRSL_FN void tile_block(const Call<D>& call, int64_t first, int64_t n, S* scratc
       if constexpr (Terms::kSquares) g = e * (block.a + block.b * e);
       if constexpr (Terms::kMoments) {
         const Vec<S> v = load(static_cast<const S*>(logits) + c * kLanes);
-        Vec<S> step = block.c * (v - block.mean) - block.d;
+        Vec<S> step = block.c * (v - block.max) + block.offset;
         if constexpr (Terms::kWeightedMean) step = step - block.smooth * Vec<S>(call.class_weights[c]);
         g = g + select(v != lowest, step, zero);
       }
-      store(exps + c * kLanes, select(is_label(c, labels), block.label, g));
+      store(exps + c * kLanes, select(is_label(c, labels.number), block.label, g));
     }
-    if (any_ignored) {
+    if (any(Mask<S>{~labels.valid.v})) {
       // An ignored row may hold NaN; its gradient is 0 all the same.
       for (int i = 0; i < n; ++i) {
         if (!call.ignored(first + i)) continue;
