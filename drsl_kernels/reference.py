@@ -27,6 +27,7 @@ class RowStats(NamedTuple):
         rho: sum_R r_k^2, with r = softmax over R.
         kappa: log sum_R exp(z_k) - mean_R z.
         variance: sum_R (z_k - mean_R z)^2.
+        depth: max_R z - mean_R z.
         rest: number of classes in R.
         margin: z_y - max_R z.
         label: z_y.
@@ -36,6 +37,7 @@ class RowStats(NamedTuple):
     rho: Tensor
     kappa: Tensor
     variance: Tensor
+    depth: Tensor
     rest: Tensor
     margin: Tensor
     label: Tensor
@@ -56,20 +58,25 @@ def softmax_loss(
     check_tensors(logits, y, tau, weight, spec)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     z = logits.to(dtype).movedim(class_dim(logits), -1)
-    y = y.to(torch.int64)
-    if logits.dim() == 1:
-        z = z.expand(*y.shape, -1)
+    if z.shape[-1] == 0:  # without classes every row must be an ignored one; a class that none has keeps sums defined
+        z = torch.cat([z, z.new_zeros(*z.shape[:-1], 1)], -1)
+    y = y.to(torch.int64).reshape(z.shape[:-1])
     valid = y != spec.ignore_index
     labels = torch.where(valid, y, 0)
     z = torch.where(valid.unsqueeze(-1), z, 0.0)
     stats = row_stats(z, labels, spec.scale, spec.margin)
 
-    row_weight = torch.ones_like(stats.delta) if weight is None else weight.to(dtype)[labels]
+    weight = None if weight is None else weight.detach().to(dtype)
+    row_weight = torch.ones_like(stats.delta) if weight is None else weight[labels]
     loss = row_weight * truth(stats, spec)
     if spec.label_smoothing > 0.0:
         loss = (1.0 - spec.label_smoothing) * loss + spec.label_smoothing * _smoothing(z, labels, weight, stats)
-    if spec.distance is not None:
-        tau = tau.to(device=z.device, dtype=dtype) if isinstance(tau, Tensor) else tau
+    if spec.distance is not None and (isinstance(tau, Tensor) or tau != 0):
+        tau = (
+            tau.to(device=z.device, dtype=dtype).reshape(() if tau.dim() == 0 else y.shape)
+            if isinstance(tau, Tensor)
+            else tau
+        )
         loss = loss + tau * row_weight * distance(stats, spec.distance)
     loss = torch.where(valid, _defined(loss, stats), 0.0)
 
@@ -90,16 +97,18 @@ def row_stats(z: Tensor, y: Tensor, scale: float = 1.0, margin: float = 0.0) -> 
 
     top = torch.where(rest, z, -torch.inf).amax(-1).detach()
     shift = torch.where(count > 0, top, 0.0).unsqueeze(-1)
-    exps = torch.where(rest, torch.where(rest, z - shift, 0.0).exp(), 0.0)
+    below = torch.where(rest, z - shift, 0.0)  # 0 or less; a constant added to the row cancels here
+    exps = torch.where(rest, below.exp(), 0.0)
     total = torch.where(count > 0, exps.sum(-1), 1.0)
     log_total = total.log()
-    mean = torch.where(rest, z, 0.0).sum(-1) / count.clamp(min=1.0)
-    shift = shift.squeeze(-1)
+    depth = -below.sum(-1) / count.clamp(min=1.0)
+    from_mean = torch.where(rest, below + depth.unsqueeze(-1), 0.0)
     return RowStats(
-        delta=torch.where(count > 0, (shift - scale * label + margin) + log_total, 0.0),
+        delta=torch.where(count > 0, (shift.squeeze(-1) - scale * label + margin) + log_total, 0.0),
         rho=(exps / total.unsqueeze(-1)).square().sum(-1),
-        kappa=(shift - mean) + log_total,
-        variance=torch.where(rest, z - mean.unsqueeze(-1), 0.0).square().sum(-1),
+        kappa=depth + log_total,
+        variance=from_mean.square().sum(-1),
+        depth=depth,
         rest=count,
         margin=label - top,
         label=label,
@@ -112,16 +121,18 @@ def truth(stats: RowStats, spec: LossSpec) -> Tensor:
     if spec.truth == "ce":
         return cross_entropy
     if spec.truth == "gce":
-        return -torch.expm1(-spec.q * cross_entropy) / spec.q
+        # Each branch has the exact gradient where the other's is lost: expm1 for hard rows, exp for easy ones.
+        log_power = -spec.q * cross_entropy
+        return torch.where(log_power < -1.0, 1.0 - log_power.exp(), -log_power.expm1()) / spec.q
     if spec.truth == "mae":
-        return 2.0 * stats.delta.sigmoid()
+        return 2.0 * _sigmoid(stats.delta)
     return stats.delta
 
 
 def distance(stats: RowStats, name: str) -> Tensor:
     """The distance D per row: how far the softmax is from spreading evenly."""
     n = stats.rest.clamp(min=1.0)
-    p, w = (-stats.delta).sigmoid(), stats.delta.sigmoid()
+    p, w = _sigmoid(-stats.delta), _sigmoid(stats.delta)
     if name == "uniform":
         return p.square() + w.square() * stats.rho - 1.0 / (n + 1.0)
     if name == "non_target":
@@ -136,14 +147,19 @@ def distance(stats: RowStats, name: str) -> Tensor:
 def _smoothing(z: Tensor, y: Tensor, weight: Tensor | None, stats: RowStats) -> Tensor:
     """mean_k weight_k * -log softmax(z)_k, over the label and the rest."""
     label_term = -logsigmoid(-stats.delta)
-    weights = torch.ones_like(z) if weight is None else weight.to(z.dtype).expand_as(z)
+    weights = torch.ones_like(z) if weight is None else weight.expand_as(z)
     rest = _rest_of(z, y)
-    mean = torch.where(rest, z, 0.0).sum(-1, keepdim=True) / stats.rest.clamp(min=1.0).unsqueeze(-1)
-    # log-sum-exp of the whole row less mean_R z, from which each -log softmax is a short step
-    level = stats.kappa - logsigmoid(stats.delta)
-    rest_terms = torch.where(rest, weights * (level.unsqueeze(-1) - (z - mean)), 0.0).sum(-1)
+    # -log softmax(z)_k = (log-sum-exp of the rest - M) + (M - z_k) + softplus(-delta)
+    top = torch.where(rest, z, -torch.inf).amax(-1, keepdim=True).detach()
+    level = stats.kappa - stats.depth - logsigmoid(stats.delta)
+    rest_terms = torch.where(rest, weights * (level.unsqueeze(-1) + (top - z)), 0.0).sum(-1)
     label_weight = weights.gather(-1, y.unsqueeze(-1)).squeeze(-1)
     return (label_weight * label_term + rest_terms) / (stats.rest + 1.0)
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    """sigmoid with a gradient that is exact where it is near 1, too: sigmoid(x) * sigmoid(-x)."""
+    return logsigmoid(x).exp()
 
 
 def _rest_of(z: Tensor, y: Tensor) -> Tensor:

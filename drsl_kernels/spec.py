@@ -69,7 +69,7 @@ class LossSpec:
     reduction_code: int
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256, typed=True)
 def loss_spec(
     truth: str,
     q: float,
@@ -118,6 +118,12 @@ def loss_spec(
         distance_code=0 if distance is None else 1 + DISTANCES.index(distance),
         reduction_code=REDUCTIONS.index(reduction),
     )
+
+
+def check_backend_name(name: object) -> None:
+    """Raise ValueError unless `name` is None or the name of a backend."""
+    if name is not None:
+        _check_name("backend", name, BACKENDS)
 
 
 def _check_name(argument: str, value: object, names: tuple[str, ...]) -> None:
@@ -185,18 +191,25 @@ def _check_weight(weight: Tensor, classes: int, device: torch.device) -> None:
 
 
 def _check_tau(tau: object, rows: torch.Size, device: torch.device) -> None:
+    check_tau_value(tau)
+    if not isinstance(tau, Tensor):
+        return
+    if tau.dim() != 0 and tau.shape != rows:
+        raise ValueError(f"tau must have shape () or that of y, {tuple(rows)}, got {tuple(tau.shape)}")
+    if tau.device != device and not (tau.dim() == 0 and tau.device.type == "cpu"):
+        raise RuntimeError(f"tau must be on the device of logits, {device}, got {tau.device}")
+
+
+def check_tau_value(tau: object) -> None:
+    """Raise unless tau is a finite number or a floating tensor of them (values are looked at on the CPU only)."""
     if not isinstance(tau, Tensor):
         if isinstance(tau, bool) or not isinstance(tau, (int, float)):
             raise TypeError(f"tau must be a float or a Tensor, got {type(tau).__name__}")
         if not math.isfinite(tau):
             raise ValueError(f"tau must be finite, got {tau!r}")
         return
-    if tau.dim() != 0 and tau.shape != rows:
-        raise ValueError(f"tau must have shape () or that of y, {tuple(rows)}, got {tuple(tau.shape)}")
     if not tau.is_floating_point():
         raise TypeError(f"tau must be of a floating dtype, got {tau.dtype}")
-    if tau.device != device and not (tau.dim() == 0 and tau.device.type == "cpu"):
-        raise RuntimeError(f"tau must be on the device of logits, {device}, got {tau.device}")
     if tau.device.type == "cpu" and _is_concrete(tau) and not torch.isfinite(tau).all():
         first = tau.detach()[~torch.isfinite(tau.detach())].flatten()[0].item()
         raise ValueError(f"tau must be finite, got {first!r}")

@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from .. import reference
 from .._build import load_extension
 from .._version import __version__
-from ..spec import BACKENDS, LossSpec, LossStats
+from ..spec import BACKENDS, LossSpec, LossStats, check_backend_name
 from . import cpp
 
 Backend: TypeAlias = Callable[
@@ -63,6 +63,7 @@ def choose(logits: Tensor, name: str | None) -> Backend:
         RuntimeError: the backend that `name` forces cannot be used for these logits; says why.
     """
     if name is not None:
+        check_backend_name(name)
         return _forced(logits, name)
     if type(logits) not in (Tensor, Parameter) or needs_transforms():
         return reference.softmax_loss
@@ -87,11 +88,9 @@ def needs_transforms() -> bool:
 
 
 def _forced(logits: Tensor, name: str) -> Backend:
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
     if not _usable(name):
         raise RuntimeError(f"backend={name!r} is not usable: {_inspect(name).detail}")
-    if name == "reference":
+    if name == "reference" or not isinstance(logits, Tensor):  # the reference tells what is wrong with the latter
         return reference.softmax_loss
     if logits.device.type != "cpu":
         raise RuntimeError(f"backend='cpp' needs logits on the CPU, got {logits.device}")
