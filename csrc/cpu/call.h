@@ -5,6 +5,9 @@
 #include "kernels.h"
 #include "memory.h"
 
+// A pass over many elements: a function of its own, so that each is compiled once for all kernels that share it.
+#define DRSL_PASS __attribute__((noinline))
+
 namespace drsl {
 inline namespace DRSL_ISA {
 
@@ -16,28 +19,32 @@ struct TermSet {
   static constexpr bool kWeightedMean = kWeightedMeanNeeded;  // nu and U: smoothing with class weights
 };
 
-template <class D>
-struct Call {
-  using S = Accumulator<D>;
-
-  explicit Call(const Task& t)
+// What does not depend on the storage format of the logits; S is the type of the statistics.
+template <class S>
+struct CallInfo {
+  explicit CallInfo(const Task& t)
       : params{t.truth, t.distance, S(t.q), S(t.scale), S(t.margin), S(t.smoothing)},
         task(t),
-        logits(static_cast<const D*>(t.logits)),
-        grad(static_cast<D*>(t.grad)),
         class_weights(static_cast<const S*>(t.class_weights)),
         tau_rows(static_cast<const S*>(t.tau_rows)),
         upstream(static_cast<const S*>(t.upstream)) {}
 
   LossParams<S> params;
   const Task& task;
-  const D* logits;
-  D* grad;
   const S* class_weights;
   const S* tau_rows;
   const S* upstream;
 
   bool ignored(int64_t row) const { return task.labels[row] == task.ignore_index; }
+};
+
+template <class D>
+struct Call : CallInfo<Accumulator<D>> {
+  explicit Call(const Task& t)
+      : CallInfo<Accumulator<D>>(t), logits(static_cast<const D*>(t.logits)), grad(static_cast<D*>(t.grad)) {}
+
+  const D* logits;
+  D* grad;
 };
 
 // Offsets, in elements, of rows first .. first + n - 1 in the logits and in their gradient.
@@ -113,8 +120,8 @@ struct BlockLabels {
   Mask<S> valid;
 };
 
-template <class D, class S = Accumulator<D>>
-DRSL_FN BlockLabels<S> block_labels(const Call<D>& call, int64_t first, int64_t n) {
+template <class S>
+DRSL_FN BlockLabels<S> block_labels(const CallInfo<S>& call, int64_t first, int64_t n) {
   constexpr int kLanes = Vec<S>::kLanes;
   using Int = typename Vec<S>::Int;
   const int64_t ignore = call.task.ignore_index;
@@ -144,10 +151,10 @@ DRSL_FN Vec<S> weights_of(const S* class_weights, const BlockLabels<S>& labels) 
 
 // Losses, outputs and gradient coefficients of rows first .. first + n - 1. Lanes of ignored rows give zeros.
 // rest_weight and rest_depth are U and M - nu; where the call has no class weights they are n and h.
-template <class D, class S = Accumulator<D>>
-DRSL_FN BlockGrad<S> finish_block(const Call<D>& call, int64_t first, int64_t n, const BlockLabels<S>& labels,
-                                  const RowStats<Vec<S>>& stats, Vec<S> label_logit, Vec<S> rest_weight,
-                                  Vec<S> rest_depth, LossSum<S>& sum) {
+template <class S>
+DRSL_PASS BlockGrad<S> finish_block(const CallInfo<S>& call, int64_t first, int64_t n, const BlockLabels<S>& labels,
+                                    const RowStats<Vec<S>>& stats, const Vec<S>& label_logit, const Vec<S>& rest_weight,
+                                    const Vec<S>& rest_depth, LossSum<S>& sum) {
   const Task& t = call.task;
   const Vec<S> zero(S(0)), one(S(1));
   const Mask<S> valid = labels.valid;

@@ -68,7 +68,7 @@ struct RowTop {
 };
 
 template <class D, class S = Accumulator<D>>
-DRSL_FN RowTop<S> top_of_masked_row(const D* z, int64_t classes, int64_t label, Vec<S> share) {
+DRSL_PASS RowTop<S> top_of_masked_row(const D* z, int64_t classes, int64_t label, Vec<S> share) {
   const Vec<S> lowest = -infinity<Vec<S>>(), zero(S(0)), one(S(1));
   Vec<S> max = lowest, mean = zero, count = zero;
   const auto take = [&](Vec<S> v) {
@@ -85,7 +85,7 @@ DRSL_FN RowTop<S> top_of_masked_row(const D* z, int64_t classes, int64_t label, 
 }
 
 template <class D, class S = Accumulator<D>>
-DRSL_FN RowTop<S> top_of_row(const D* z, int64_t classes, int64_t label) {
+DRSL_PASS RowTop<S> top_of_row(const D* z, int64_t classes, int64_t label) {
   const Vec<S> lowest = -infinity<Vec<S>>(), zero(S(0));
   const Vec<S> share(S(1) / S(classes > 2 ? classes - 1 : 1));
   Vec<S> max[kSlots] = {lowest, lowest, lowest, lowest}, mean[kSlots] = {zero, zero, zero, zero};
@@ -109,7 +109,7 @@ DRSL_FN RowTop<S> top_of_row(const D* z, int64_t classes, int64_t label) {
 
 // A1, A2, and the sums of z_k - mean and of its square. With kKeep the exponentials stay in `exps`; the label's is 0.
 template <class Terms, bool kKeep, class D, class S = Accumulator<D>>
-DRSL_FN void sums_of_row(const D* z, int64_t classes, int64_t label, const RowTop<S>& top, S* exps, S (&sums)[4]) {
+DRSL_PASS void sums_of_row(const D* z, int64_t classes, int64_t label, const RowTop<S>& top, S* exps, S (&sums)[4]) {
   const Vec<S> lowest = -infinity<Vec<S>>(), zero(S(0));
   const Vec<S> shift(top.max == -S(INFINITY) ? S(0) : top.max), mean(top.mean);
   Vec<S> first[kSlots] = {zero, zero, zero, zero}, second[kSlots] = {zero, zero, zero, zero},
@@ -139,7 +139,7 @@ DRSL_FN void sums_of_row(const D* z, int64_t classes, int64_t label, const RowTo
 
 // U = sum_R u_k and U (M - nu) = sum_R u_k (M - z_k).
 template <class D, class S = Accumulator<D>>
-DRSL_FN void weighted_sums_of_row(const D* z, const S* u, int64_t classes, int64_t label, S max, S (&sums)[2]) {
+DRSL_PASS void weighted_sums_of_row(const D* z, const S* u, int64_t classes, int64_t label, S max, S (&sums)[2]) {
   const Vec<S> lowest = -infinity<Vec<S>>(), zero(S(0)), top(max);
   Vec<S> weight = zero, depth = zero;
   const auto take = [&](Vec<S> v, Vec<S> share) {
@@ -157,8 +157,8 @@ DRSL_FN void weighted_sums_of_row(const D* z, const S* u, int64_t classes, int64
 }
 
 template <class Terms, class D, class S = Accumulator<D>>
-DRSL_FN void write_gradient(const D* z, const S* u, D* grad, int64_t classes, int64_t label, const S* exps,
-                            const BlockGrad<S>& block, int lane) {
+DRSL_PASS void write_gradient(const D* z, const S* u, D* grad, int64_t classes, int64_t label, const S* exps,
+                              const BlockGrad<S>& block, int lane) {
   constexpr int64_t kLanes = Vec<S>::kLanes;
   const Vec<S> a(block.a.v[lane]), b(block.b.v[lane]), c(block.c.v[lane]);
   const Vec<S> offset(block.offset.v[lane]), max(block.max.v[lane]), smooth(block.smooth.v[lane]);
@@ -227,9 +227,9 @@ DRSL_FN void row_block(const Call<D>& call, int64_t first, int64_t n, S* scratch
       corrected_moments(lanes(max), lanes(mean), lanes(steps), lanes(squares), lanes(count));
   const RowStats<Vec<S>> stats{lanes(max),    lanes(sum_exp),   lanes(sum_exp2),
                                moments.depth, moments.variance, lanes(count)};
-  const BlockGrad<S> block = finish_block(call, first, n, block_labels(call, first, n), stats, lanes(label_logit),
-                                          Terms::kWeightedMean ? lanes(weight) : stats.count,
-                                          Terms::kWeightedMean ? lanes(weighted_depth) : stats.depth, sum);
+  const BlockGrad<S> block = finish_block<S>(call, first, n, block_labels<S>(call, first, n), stats, lanes(label_logit),
+                                             Terms::kWeightedMean ? lanes(weight) : stats.count,
+                                             Terms::kWeightedMean ? lanes(weighted_depth) : stats.depth, sum);
 
   if constexpr (kGrad) {
     for (int i = 0; i < n; ++i) {

@@ -40,6 +40,7 @@ struct LaneTypes<float> {
   using Int = int32_t;
   typedef float Native __attribute__((vector_size(kVectorBytes)));
   typedef int32_t Bits __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
   typedef float Unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
   typedef double Wide __attribute__((vector_size(2 * kVectorBytes)));
 };
@@ -49,6 +50,7 @@ struct LaneTypes<double> {
   using Int = int64_t;
   typedef double Native __attribute__((vector_size(kVectorBytes)));
   typedef int64_t Bits __attribute__((vector_size(kVectorBytes)));
+  typedef uint64_t Words __attribute__((vector_size(kVectorBytes)));
   typedef double Unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
   typedef double Wide __attribute__((vector_size(kVectorBytes)));
 };
@@ -59,6 +61,7 @@ struct Vec {
   using Int = typename LaneTypes<S>::Int;
   using Native = typename LaneTypes<S>::Native;
   using Bits = typename LaneTypes<S>::Bits;  // integers, and masks: all ones where true
+  using Words = typename LaneTypes<S>::Words;  // integers that wrap around
   using Unaligned = typename LaneTypes<S>::Unaligned;
   using Wide = typename LaneTypes<S>::Wide;  // the same lanes in double
 
@@ -238,9 +241,9 @@ DRSL_FN Vec<S> exp_(Vec<S> x) {
   else return Vec<S>(_mm512_scalef_pd(fraction.v, n.v));
 #else
   // Without a scaling instruction results below the smallest normal number are flushed to 0.
-  using Bits = typename Vec<S>::Bits;
-  const Bits exponent = ((Bits)shifted.v - (Bits)Vec<S>(K::kRound).v) << K::kMantissaBits;
-  const Vec<S> scaled((typename Vec<S>::Native)((Bits)fraction.v + exponent));
+  using Words = typename Vec<S>::Words;
+  const Words exponent = ((Words)shifted.v - (Words)Vec<S>(K::kRound).v) << K::kMantissaBits;
+  const Vec<S> scaled((typename Vec<S>::Native)((Words)fraction.v + exponent));
   return select(x < Vec<S>(K::kSmallestNormalLog), Vec<S>(S(0)), scaled);
 #endif
 }

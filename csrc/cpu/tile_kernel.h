@@ -21,7 +21,7 @@ DRSL_FN TileShape tile_shape(const int64_t* offsets, int64_t n, int64_t class_st
 
 // Memory -> scratch: tile[c * kLanes + lane] = logit of class c in row `lane`; 0 in lanes from n on.
 template <class D, class S = Accumulator<D>>
-DRSL_FN void load_tile(const D* base, const int64_t* offsets, int64_t n, int64_t classes, int64_t stride, S* tile) {
+DRSL_PASS void load_tile(const D* base, const int64_t* offsets, int64_t n, int64_t classes, int64_t stride, S* tile) {
   constexpr int kLanes = Vec<S>::kLanes;
   switch (tile_shape<S>(offsets, n, stride)) {
     case TileShape::adjacent_classes:
@@ -51,7 +51,7 @@ DRSL_FN void load_tile(const D* base, const int64_t* offsets, int64_t n, int64_t
 
 // Scratch -> memory, the way back.
 template <class D, class S = Accumulator<D>>
-DRSL_FN void store_tile(D* base, const int64_t* offsets, int64_t n, int64_t classes, int64_t stride, const S* tile) {
+DRSL_PASS void store_tile(D* base, const int64_t* offsets, int64_t n, int64_t classes, int64_t stride, const S* tile) {
   constexpr int kLanes = Vec<S>::kLanes;
   switch (tile_shape<S>(offsets, n, stride)) {
     case TileShape::adjacent_classes:
@@ -110,25 +110,17 @@ DRSL_FN TileTop<S> top_of_tile(S* tile, int64_t classes, Mask<S> (*is_label)(int
   return {max, mean, count, label_logit};
 }
 
-// Rows first .. first + n - 1, n <= kLanes. Scratch holds two tiles: logits, and exponentials that turn into the
-// gradient.
-template <class Terms, bool kGrad, class D, class S = Accumulator<D>>
-DRSL_FN void tile_block(const Call<D>& call, int64_t first, int64_t n, S* scratch, LossSum<S>& sum) {
+// From a tile of logits to losses and, with kGrad, a tile of gradients in `exps`. The tile of logits is changed.
+template <class Terms, bool kGrad, class S>
+DRSL_PASS void finish_tile(const CallInfo<S>& call, int64_t first, int64_t n, S* logits, S* exps, LossSum<S>& sum) {
   constexpr int kLanes = Vec<S>::kLanes;
   using Bits = typename Vec<S>::Bits;
   using Int = typename Vec<S>::Int;
-  const Task& t = call.task;
-  const int64_t classes = t.classes;
+  const int64_t classes = call.task.classes;
   const Vec<S> lowest = -infinity<Vec<S>>(), zero(S(0));
-  S* const logits = scratch;
-  S* const exps = scratch + classes * kLanes;
-
-  int64_t offsets[kLanes], grad_offsets[kLanes];
-  row_offsets(t.layout, first, n, offsets, grad_offsets);
-  const BlockLabels<S> labels = block_labels(call, first, n);
+  const BlockLabels<S> labels = block_labels<S>(call, first, n);
   const auto is_label = [](int64_t c, Bits y) { return Mask<S>{y == static_cast<Int>(c)}; };
 
-  load_tile(call.logits, offsets, n, classes, t.layout.logits_class_stride, logits);
   const TileTop<S> top = top_of_tile<S>(logits, classes, is_label, labels.number);
 
   const Vec<S> shift = select(top.max == lowest, zero, top.max);
@@ -159,7 +151,8 @@ DRSL_FN void tile_block(const Call<D>& call, int64_t first, int64_t n, S* scratc
     weight = top.count;
     weighted_depth = moments.depth;
   }
-  const BlockGrad<S> block = finish_block(call, first, n, labels, stats, top.label_logit, weight, weighted_depth, sum);
+  const BlockGrad<S> block =
+      finish_block<S>(call, first, n, labels, stats, top.label_logit, weight, weighted_depth, sum);
 
   if constexpr (kGrad) {
     for (int64_t c = 0; c < classes; ++c) {
@@ -181,7 +174,23 @@ DRSL_FN void tile_block(const Call<D>& call, int64_t first, int64_t n, S* scratc
         for (int64_t c = 0; c < classes; ++c) exps[c * kLanes + i] = S(0);
       }
     }
-    store_tile(call.grad, grad_offsets, n, classes, t.layout.grad_class_stride, static_cast<const S*>(exps));
+  }
+}
+
+// Rows first .. first + n - 1, n <= kLanes. Scratch holds two tiles: logits, and exponentials that turn into the
+// gradient.
+template <class Terms, bool kGrad, class D, class S = Accumulator<D>>
+DRSL_FN void tile_block(const Call<D>& call, int64_t first, int64_t n, S* scratch, LossSum<S>& sum) {
+  constexpr int kLanes = Vec<S>::kLanes;
+  const Task& t = call.task;
+  S* const logits = scratch;
+  S* const exps = scratch + t.classes * kLanes;
+  int64_t offsets[kLanes], grad_offsets[kLanes];
+  row_offsets(t.layout, first, n, offsets, grad_offsets);
+  load_tile(call.logits, offsets, n, t.classes, t.layout.logits_class_stride, logits);
+  finish_tile<Terms, kGrad, S>(call, first, n, logits, exps, sum);
+  if constexpr (kGrad) {
+    store_tile(call.grad, grad_offsets, n, t.classes, t.layout.grad_class_stride, static_cast<const S*>(exps));
   }
 }
 
