@@ -1,0 +1,183 @@
+"""Robust accuracy: which samples survive every attack of a list, at several sizes of perturbation.
+
+Relies on `attacks`; `experiment` relies on it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .attacks import AttackLoss, Model, Norm, evaluation_mode, pgd
+
+__all__ = ["Attack", "WorstCase", "second_largest_softmax", "worst_case"]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One PGD attack, for any radius eps.
+
+    Attributes:
+        loss, steps, restarts, norm: as in `pgd`; steps is 1 or more.
+        reach: how far all steps together could go, in units of eps; the step size is reach * eps / steps.
+            2.5, the value of Madry et al., is enough to cross the ball from one side to the other.
+    """
+
+    loss: AttackLoss = "log_odds"
+    steps: int = 20
+    restarts: int = 5
+    norm: Norm = "linf"
+    reach: float = 2.5
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be 1 or more, got {self.steps!r}")
+        if self.restarts < 1:
+            raise ValueError(f"restarts must be 1 or more, got {self.restarts!r}")
+
+    def step_size(self, eps: float) -> float:
+        return self.reach * eps / self.steps
+
+
+@dataclass(frozen=True)
+class WorstCase:
+    """What is left of a classifier after every attack, sample by sample.
+
+    Attributes:
+        epsilons: the E radii, ascending.
+        clean_correct: bool (N,), classified correctly without an attack.
+        robust: bool (E, N), classified correctly at every point that any attack tried within that radius.
+        points: (E, N, ...), for each sample the point of lowest margin found within that radius; it may come
+            from a smaller radius, or be the sample itself.
+    """
+
+    epsilons: tuple[float, ...]
+    clean_correct: Tensor
+    robust: Tensor
+    points: Tensor
+
+    def clean_accuracy(self) -> float:
+        return self.clean_correct.double().mean().item()
+
+    def robust_accuracy(self) -> tuple[float, ...]:
+        """Fraction of samples that survive, one value per radius."""
+        return tuple(self.robust.double().mean(1).tolist())
+
+
+def worst_case(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    epsilons: Sequence[float],
+    attacks: Sequence[Attack],
+    bounds: tuple[float, float] = (0.0, 1.0),
+    batch_size: int = 256,
+    generator: torch.Generator | None = None,
+    on_restart: Callable[[float, Attack], None] | None = None,
+) -> WorstCase:
+    """Attack every sample with every attack and count a sample as robust only if all of them fail.
+
+    A sample that is misclassified without an attack is never robust. One that is broken, by any restart of
+    any attack, is not attacked again; it counts as broken at every larger radius too, for the smaller ball
+    lies inside the larger. So robust accuracy never rises with eps.
+
+    Args:
+        model, x, y, bounds, generator: as in `pgd`.
+        epsilons: the radii, each 0 or more; order does not matter. At 0 the answer is the clean one.
+        attacks: tried in this order; at least one.
+        batch_size: how many samples the model sees at a time.
+        on_restart: called with (eps, attack) after each restart, len(epsilons) * (sum of restarts) times.
+
+    Raises:
+        ValueError: no radius or no attack, a negative radius, batch_size below 1, and all that `pgd` raises.
+    """
+    if not epsilons or not attacks:
+        raise ValueError(f"epsilons and attacks must not be empty, got {epsilons!r} and {attacks!r}")
+    if not all(0 <= eps < math.inf for eps in epsilons):
+        raise ValueError(f"epsilons must be 0 or more and finite, got {tuple(epsilons)!r}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, got {batch_size!r}")
+    epsilons = tuple(sorted(set(epsilons)))
+    search = _Search(model, x, y, bounds, batch_size, generator)
+    clean_correct = search.robust()
+    robust, points = [], []
+    for eps in epsilons:
+        for attack in attacks:
+            for _ in range(attack.restarts):
+                if eps > 0:
+                    search.restart(attack, eps)
+                if on_restart is not None:
+                    on_restart(eps, attack)
+        robust.append(search.robust())
+        points.append(search.points.clone())
+    return WorstCase(epsilons, clean_correct, torch.stack(robust), torch.stack(points))
+
+
+def second_largest_softmax(model: Model, x: Tensor, *, batch_size: int = 256) -> Tensor:
+    """The second largest softmax value of each sample, shape (N,).
+
+    It is near 0 where the model is sure of one class, and at most 1/2, where two classes tie.
+    """
+    return torch.cat(
+        [logits.softmax(1).topk(2, dim=1).values[:, 1] for logits in _batched_logits(model, x, batch_size)]
+    )
+
+
+class _Search:
+    """The point of lowest margin found so far for each sample; at first the sample itself."""
+
+    def __init__(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        bounds: tuple[float, float],
+        batch_size: int,
+        generator: torch.Generator | None,
+    ) -> None:
+        self.model, self.x, self.y = model, x, y
+        self.bounds, self.batch_size, self.generator = bounds, batch_size, generator
+        self.points = x.detach().clone()
+        self.margins = _margins(model, x, y, batch_size)
+
+    def robust(self) -> Tensor:
+        return self.margins > 0
+
+    def restart(self, attack: Attack, eps: float) -> None:
+        """Attack, from one start, the samples that are still classified correctly."""
+        standing = self.robust().nonzero().squeeze(1)
+        for start in range(0, len(standing), self.batch_size):
+            rows = standing[start : start + self.batch_size]
+            found = pgd(
+                self.model,
+                self.x[rows],
+                self.y[rows],
+                eps=eps,
+                alpha=attack.step_size(eps),
+                steps=attack.steps,
+                loss=attack.loss,
+                norm=attack.norm,
+                bounds=self.bounds,
+                generator=self.generator,
+            )
+            margins = _margins(self.model, found, self.y[rows], self.batch_size)
+            better = margins < self.margins[rows]
+            self.points[rows[better]] = found[better]
+            self.margins[rows[better]] = margins[better]
+
+
+def _margins(model: Model, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
+    """Logit of the label minus the largest other logit, shape (N,); positive means classified correctly."""
+    logits = torch.cat(list(_batched_logits(model, x, batch_size)))
+    label = y.unsqueeze(1)
+    return logits.gather(1, label).squeeze(1) - logits.scatter(1, label, -math.inf).amax(1)
+
+
+def _batched_logits(model: Model, x: Tensor, batch_size: int) -> list[Tensor]:
+    with evaluation_mode(model), torch.no_grad():
+        return [model(part) for part in torch.split(x, batch_size)]

@@ -1,0 +1,87 @@
+"""The losses to train with, by name, and the weight tau that each has unless told otherwise.
+
+Relies on `drsl_kernels.fused_drsl_loss`; `train`, `timing`, `experiment` and `commands`
+rely on it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final, NamedTuple, cast
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from drsl_kernels import fused_drsl_loss
+from drsl_kernels.spec import DISTANCES, Distance
+
+__all__ = ["BASELINE", "DEFAULT_TAUS", "LOSS_NAMES", "BatchResult", "TrainingLoss"]
+
+BASELINE: Final = "ce"
+LOSS_NAMES: Final[tuple[str, ...]] = (BASELINE, *DISTANCES)
+
+# Swept for `uniform` and `non_target_logits` on held-out training images, with five seeds that the default
+# comparison does not use (`drsl compare --help` has the command). Robust accuracy at eps 0.1, in %, where
+# cross-entropy has 51.6; standard deviation about 2:
+#
+#   tau                0.03  0.05   0.1   0.3     1     3    10    30   100
+#   non_target_logits  67.5  68.4  69.9  70.2  70.6  68.8
+#   uniform                        51.8  51.9  55.4  64.2  66.6  66.8  65.9
+#
+# Clean accuracy was nowhere below that of cross-entropy. Each loss has a plateau, and its default is in the
+# middle of it. `uniform` is compared at the tau of the other loss as well, where it does little. The other
+# distances are not swept: they have the weight of the authors' code, 0.001 summed over a batch of 128.
+DEFAULT_TAUS: Final[dict[str, tuple[float, ...]]] = {
+    BASELINE: (0.0,),
+    "uniform": (0.3, 30.0),
+    "non_target": (0.128,),
+    "non_target_logits": (0.3,),
+    "conditional": (0.128,),
+    "kl": (0.128,),
+}
+
+
+class BatchResult(NamedTuple):
+    """One batch: the loss to descend, and detached sums over its rows for the log.
+
+    `distance` is None for plain cross-entropy, which does not compute one.
+    """
+
+    loss: Tensor
+    cross_entropy: Tensor
+    distance: Tensor | None
+    correct: Tensor
+
+
+@dataclass(frozen=True)
+class TrainingLoss:
+    """A loss to train with: "ce" is `torch.nn.functional.cross_entropy`, any other name is the distance of
+    `drsl_kernels.fused_drsl_loss`, with weight tau and the mean over the batch.
+
+    Raises:
+        ValueError: an unknown name, tau not finite or negative, or a tau other than 0 for "ce".
+    """
+
+    name: str
+    tau: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.name not in LOSS_NAMES:
+            raise ValueError(f"unknown loss {self.name!r}; the losses are {', '.join(LOSS_NAMES)}")
+        if not 0 <= self.tau < math.inf:
+            raise ValueError(f"tau of {self.name} must be 0 or more and finite, got {self.tau!r}")
+        if self.name == BASELINE and self.tau != 0:
+            raise ValueError(f"tau of {BASELINE} must be 0: cross-entropy has no penalty; got {self.tau!r}")
+
+    def __str__(self) -> str:
+        return self.name if self.name == BASELINE else f"{self.name} tau={self.tau:g}"
+
+    def __call__(self, logits: Tensor, y: Tensor) -> BatchResult:
+        """logits (N, C), y (N,) -> the mean loss and the sums of the log."""
+        if self.name == BASELINE:
+            loss = F.cross_entropy(logits, y)
+            correct = (logits.detach().argmax(1) == y).sum()
+            return BatchResult(loss, loss.detach() * len(y), None, correct)
+        loss, stats = fused_drsl_loss(logits, y, self.tau, distance=cast(Distance, self.name), return_stats=True)
+        return BatchResult(loss, stats.cross_entropy.sum(), stats.distance.sum(), stats.correct.sum())

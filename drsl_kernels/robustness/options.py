@@ -1,0 +1,81 @@
+"""How values on the command line are written and checked. `commands` relies on it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+import click
+
+from .losses import TrainingLoss
+
+__all__ = ["Names", "Radii", "Tau"]
+
+# A click that knows the type of a parameter's value is newer than the oldest that is supported.
+if TYPE_CHECKING:
+    _ParamType: TypeAlias = click.ParamType[Any]
+else:
+    _ParamType = click.ParamType
+
+_Parameter: TypeAlias = click.Parameter | None
+_Context: TypeAlias = click.Context | None
+
+
+class Names(_ParamType):
+    """Names with commas between, each one of `known`, as a tuple without repetitions."""
+
+    name = "names"
+
+    def __init__(self, what: str, known: tuple[str, ...]) -> None:
+        self.what = what
+        self.known = known
+
+    def convert(self, value: Any, param: _Parameter, ctx: _Context) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        names = tuple(dict.fromkeys(part.strip() for part in value.split(",")))
+        for name in names:
+            if name not in self.known:
+                self.fail(f"unknown {self.what} {name!r}; choose from {', '.join(self.known)}", param, ctx)
+        return names
+
+
+class Radii(_ParamType):
+    """Numbers or fractions with commas between, each from 0 to 1, as a tuple of floats."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: _Parameter, ctx: _Context) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        return tuple(self._radius(text.strip(), param, ctx) for text in value.split(","))
+
+    def _radius(self, text: str, param: _Parameter, ctx: _Context) -> float:
+        numerator, _, denominator = text.partition("/")
+        try:
+            radius = float(numerator) / float(denominator or 1)
+        except (ValueError, ZeroDivisionError):
+            self.fail(f"{text!r} is neither a number such as 0.1 nor a fraction such as 8/255", param, ctx)
+        if not 0 <= radius <= 1:
+            self.fail(f"{text!r} is not from 0 to 1, as pixels are", param, ctx)
+        return radius
+
+
+class Tau(_ParamType):
+    """NAME=VALUE or NAME=VALUE,VALUE as the losses that it names."""
+
+    name = "name=value"
+
+    def convert(self, value: Any, param: _Parameter, ctx: _Context) -> tuple[TrainingLoss, ...]:
+        if isinstance(value, tuple):
+            return cast("tuple[TrainingLoss, ...]", value)
+        name, equals, numbers = value.partition("=")
+        if not equals:
+            self.fail(f"{value!r} must look like non_target_logits=0.3", param, ctx)
+        try:
+            taus = dict.fromkeys(float(number) for number in numbers.split(","))
+        except ValueError:
+            self.fail(f"{numbers!r} must be a number, or several with commas between", param, ctx)
+        try:
+            return tuple(TrainingLoss(name, tau) for tau in taus)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)

@@ -1,0 +1,163 @@
+"""The outcome of a comparison as pictures. Relies on `experiment` and matplotlib; `commands` relies on it.
+
+Colours are those of Okabe and Ito, which people with any kind of colour vision can tell apart; markers and
+outlines say the same again.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from .experiment import Comparison
+from .losses import TrainingLoss
+from .report import explanation
+from .storage import write_atomically
+
+__all__ = ["PICTURES", "draw_pictures"]
+
+PICTURES: Final = ("robust_accuracy.png", "second_largest_softmax.png", "training_curves.png")
+
+_COLOURS: Final = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2")
+_MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X")
+_BEFORE, _AFTER = "#56B4E9", "#D55E00"
+
+
+def draw_pictures(comparison: Comparison, folder: Path) -> None:
+    """Write `PICTURES` into the folder, each whole or not at all."""
+    figures = (
+        _robust_accuracy(comparison),
+        _second_largest_softmax(comparison),
+        _training_curves(comparison),
+    )
+    for name, figure in zip(PICTURES, figures, strict=True):
+        write_atomically(folder / name, partial(figure.savefig, dpi=150))
+
+
+def _robust_accuracy(comparison: Comparison) -> Figure:
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for i, loss in enumerate(comparison.losses):
+        curves = [comparison.accuracy_by_eps(run) for run in comparison.of(loss)]
+        values = 100 * np.array([list(curve.values()) for curve in curves])
+        axes.errorbar(
+            list(curves[0]),
+            values.mean(axis=0),
+            yerr=values.std(axis=0, ddof=1) if len(values) > 1 else None,
+            color=_colour(i),
+            marker=_MARKERS[i % len(_MARKERS)],
+            capsize=3,
+            label=str(loss),
+        )
+    axes.set_xlabel("eps: largest change of a pixel, pixels in [0, 1] (0: no attack)")
+    axes.set_ylabel(f"accuracy on {comparison.settings.held_out} images, %")
+    axes.set_ylim(-2, 102)
+    axes.grid(alpha=0.3)
+    axes.legend(title="trained with")
+    words = explanation(comparison)
+    axes.set_title(f"{words['robust'].split(';')[0]}\n{words['accuracy']}", fontsize=9)
+    figure.suptitle("Accuracy under attack")
+    return figure
+
+
+def _second_largest_softmax(comparison: Comparison) -> Figure:
+    losses = comparison.losses
+    columns = min(len(losses), 2)
+    rows = -(-len(losses) // columns)
+    figure = Figure(figsize=(4.2 * columns + 0.6, 2.6 * rows + 1.0), layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axes in grid.flat[len(losses) :]:
+        axes.set_visible(False)
+    bins = np.linspace(0, 0.5, 26)
+    eps = comparison.settings.histogram_eps()
+    for axes, loss in zip(grid.flat, losses, strict=False):
+        runs = comparison.of(loss)
+        before = np.concatenate([run.second_largest_before for run in runs])
+        after = np.concatenate([run.second_largest_after for run in runs])
+        for values, colour, label, style in (
+            (before, _BEFORE, "before the attack", "stepfilled"),
+            (after, _AFTER, f"after the attack, eps {eps:g}", "step"),
+        ):
+            axes.hist(
+                values,
+                bins=bins,
+                weights=np.full(len(values), 100 / len(values)),
+                histtype=style,
+                color=colour,
+                alpha=0.75 if style == "stepfilled" else 1.0,
+                linewidth=1.8,
+                label=label,
+            )
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_title(str(loss), fontsize=10)
+        axes.grid(alpha=0.3)
+    figure.supxlabel(
+        "second largest softmax value of an image (0: sure of one class, 0.5: two classes tie)", fontsize=9
+    )
+    figure.supylabel("images, % (log scale)", fontsize=9)
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2)
+    return figure
+
+
+def _training_curves(comparison: Comparison) -> Figure:
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    panels: tuple[Axes, Axes, Axes] = tuple(figure.subplots(1, 3))
+    for i, loss in enumerate(comparison.losses):
+        logs = [run.epochs for run in comparison.of(loss)]
+        epochs = [log.epoch for log in logs[0]]
+        _curve(panels[0], epochs, [[log.cross_entropy for log in run] for run in logs], i, loss)
+        _curve(panels[1], epochs, [[100 * log.accuracy for log in run] for run in logs], i, loss)
+        if loss.tau > 0:
+            penalty = [[loss.tau * (log.distance or 0.0) for log in run] for run in logs]
+            _curve(panels[2], epochs, penalty, i, loss)
+    titles = (
+        "cross-entropy part of the loss, nats",
+        "accuracy, %",
+        "penalty part of the loss, tau · distance",
+    )
+    for axes, title in zip(panels, titles, strict=True):
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    for axes in (panels[0], panels[2]):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+    panels[2].set_visible(bool(panels[2].lines))
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        loc="outside upper center",
+        ncols=len(labels),
+        title="on the training images; trained with",
+    )
+    return figure
+
+
+def _curve(axes: Axes, epochs: list[int], rows: list[list[float]], i: int, loss: TrainingLoss) -> None:
+    """The mean over seeds, and the range of the seeds as a band."""
+    values = np.array(rows)
+    marker = _MARKERS[i % len(_MARKERS)]
+    axes.plot(
+        epochs,
+        values.mean(axis=0),
+        color=_colour(i),
+        marker=marker,
+        markevery=0.15,
+        markersize=4,
+        label=str(loss),
+    )
+    axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=_colour(i), alpha=0.2, linewidth=0)
+
+
+def _colour(i: int) -> str:
+    return _COLOURS[i % len(_COLOURS)]

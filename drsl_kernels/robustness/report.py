@@ -1,0 +1,151 @@
+"""The outcome of a comparison as a table, as JSON and as CSV.
+
+Relies on `experiment`; `commands` relies on it.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Final
+
+from rich.table import Table
+
+from .experiment import Comparison, RunResult, environment
+from .losses import TrainingLoss
+from .storage import write_atomically, write_json
+from .timing import ROUNDS
+
+__all__ = ["MeanStd", "explanation", "results_tables", "write_results"]
+
+# Losses side by side in a terminal of 80 columns.
+_COLUMNS: Final = 4
+
+_CSV_COLUMNS: Final = ("loss", "tau", "seed", "eps", "accuracy", "correct", "images")
+
+
+@dataclass(frozen=True)
+class MeanStd:
+    """Mean and sample standard deviation (divisor n - 1) over seeds; no deviation from a single seed."""
+
+    mean: float
+    std: float | None
+
+    @staticmethod
+    def of(values: Sequence[float]) -> MeanStd:
+        return MeanStd(mean(values), stdev(values) if len(values) > 1 else None)
+
+    def percent(self) -> str:
+        spread = "" if self.std is None else f" ± {100 * self.std:.1f}"
+        return f"{100 * self.mean:.1f}{spread}"
+
+
+def explanation(comparison: Comparison) -> dict[str, str]:
+    """What the numbers mean, in plain words, for whoever meets the table or the files alone."""
+    settings, runs = comparison.settings, comparison.runs
+    seeds = len(comparison.seeds)
+    over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "a single seed"
+    restarts = f"{settings.restarts} restart{'s' if settings.restarts > 1 else ''}"
+    return {
+        "accuracy": f"percent of {runs[0].images} {settings.held_out} images, {over}",
+        "robust": (
+            f"per-sample worst case over PGD-{settings.steps} on {', '.join(settings.attack_losses)}, "
+            f"{restarts} each; no pixel, in [0, 1], changed by more than eps"
+        ),
+        "time": (
+            f"median of {ROUNDS} training epochs, turns taken with F.cross_entropy, on {settings.device}"
+            + (f", threads: {settings.threads}" if settings.device == "cpu" else "")
+        ),
+    }
+
+
+def results_tables(comparison: Comparison) -> list[Table]:
+    """One column per loss, in as many tables as stay readable; `explanation` says what they mean."""
+    losses = comparison.losses
+    groups = [losses[start : start + _COLUMNS] for start in range(0, len(losses), _COLUMNS)]
+    tables = [_table(comparison, group) for group in groups]
+    tables[0].title = "Accuracy of digits classifiers, in %"
+    return tables
+
+
+def write_results(comparison: Comparison, folder: Path) -> None:
+    """Write results.json (all but the softmax values) and results.csv (one line per loss, seed and eps)."""
+    write_json(folder / "results.json", _as_json(comparison))
+    write_atomically(folder / "results.csv", lambda path: _write_csv(comparison, path))
+
+
+def _table(comparison: Comparison, losses: Sequence[TrainingLoss]) -> Table:
+    table = Table()
+    table.add_column("trained with")
+    for loss in losses:
+        table.add_column(str(loss).replace(" ", "\n"), justify="right")
+    clean, *robust = zip(*(_accuracies(comparison.of(loss)) for loss in losses), strict=True)
+    table.add_row("clean", *(value.percent() for value in clean))
+    for eps, values in zip(comparison.settings.epsilons, robust, strict=True):
+        table.add_row(f"robust, eps {eps:.4g}", *(value.percent() for value in values))
+    table.add_section()
+    times = [comparison.times[loss] for loss in losses]
+    table.add_row("seconds per epoch", *(f"{time.seconds:.4f}" for time in times))
+    table.add_row("ratio to F.cross_entropy", *(f"{time.ratio:.2f}" for time in times))
+    return table
+
+
+def _accuracies(runs: Sequence[RunResult]) -> list[MeanStd]:
+    """Clean first, then one per radius."""
+    rows = [(run.clean_accuracy, *run.robust_accuracy) for run in runs]
+    return [MeanStd.of(values) for values in zip(*rows, strict=True)]
+
+
+def _as_json(comparison: Comparison) -> dict[str, Any]:
+    return {
+        "meaning": explanation(comparison) | {"units": "accuracies are fractions, times are seconds"},
+        "environment": environment(),
+        "settings": asdict(comparison.settings),
+        "seeds": list(comparison.seeds),
+        "summary": [_summary(comparison, loss) for loss in comparison.losses],
+        "runs": [_run(comparison, run) for run in comparison.runs],
+    }
+
+
+def _summary(comparison: Comparison, loss: TrainingLoss) -> dict[str, Any]:
+    clean, *robust = _accuracies(comparison.of(loss))
+    time = comparison.times[loss]
+    return {
+        "loss": loss.name,
+        "tau": loss.tau,
+        "clean_accuracy": asdict(clean),
+        "robust_accuracy": [
+            {"eps": eps, **asdict(value)} for eps, value in zip(comparison.settings.epsilons, robust, strict=True)
+        ],
+        "seconds_per_epoch": time.seconds,
+        "ratio_to_cross_entropy": time.ratio,
+    }
+
+
+def _run(comparison: Comparison, run: RunResult) -> dict[str, Any]:
+    return {
+        "loss": run.loss.name,
+        "tau": run.loss.tau,
+        "seed": run.seed,
+        "images": run.images,
+        "clean_accuracy": run.clean_accuracy,
+        "robust_accuracy": [
+            {"eps": eps, "accuracy": accuracy}
+            for eps, accuracy in zip(comparison.settings.epsilons, run.robust_accuracy, strict=True)
+        ],
+        "epochs": [asdict(log) for log in run.epochs],
+    }
+
+
+def _write_csv(comparison: Comparison, path: Path) -> None:
+    """eps 0 is the clean accuracy."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(_CSV_COLUMNS)
+        for run in comparison.runs:
+            for eps, accuracy in comparison.accuracy_by_eps(run).items():
+                correct = round(accuracy * run.images)
+                writer.writerow([run.loss.name, run.loss.tau, run.seed, eps, accuracy, correct, run.images])
