@@ -208,9 +208,11 @@ Tensor to_accumulator(const Tensor& t, at::ScalarType type) {
   return t.defined() ? in_memory(t).to(type).contiguous() : t;
 }
 
-double scalar_value(const Tensor& t) {
-  if (t.scalar_type() == at::kFloat && !t.is_neg()) return *t.const_data_ptr<float>();
-  return t.to(at::kDouble).resolve_neg().item<double>();
+// The value of a tensor whose elements are all the same one (an expanded scalar, say).
+double single_value(const Tensor& t) {
+  if (!t.is_neg() && t.scalar_type() == at::kFloat) return *t.const_data_ptr<float>();
+  if (!t.is_neg() && t.scalar_type() == at::kDouble) return *t.const_data_ptr<double>();
+  return t.detach().as_strided({}, {}, t.storage_offset()).to(at::kDouble).item<double>();
 }
 
 // Losses, and what else is wanted. `upstream`, if defined, multiplies the gradient: one value, or one per row.
@@ -238,7 +240,7 @@ Result compute(const Tensor& logits_in, const Tensor& y_in, const Tensor& weight
   task.rows = y.numel();
   task.classes = logits.size(class_dim(logits));
   task.ignore_index = config.ignore_index;
-  task.tau = tau_in.defined() && !tau_per_row ? scalar_value(tau_in) : config.tau_value;
+  task.tau = tau_in.defined() && !tau_per_row ? single_value(tau_in) : config.tau_value;
   TORCH_CHECK_VALUE(std::isfinite(task.tau), "tau is ", task.tau);
   TORCH_CHECK_VALUE(!tau_per_row || at::isfinite(tau_rows).all().item<bool>(), "tau has a value that is not finite");
   const bool penalised = task.distance != Distance::none && (tau_per_row || task.tau != 0);
@@ -375,7 +377,7 @@ struct SoftmaxLossBackward : torch::autograd::Node {
 
   Tensor logits_gradient(const Tensor& upstream) {
     const bool single = is_single_value(upstream);
-    const double factor = single ? scalar_value(upstream) : 0;
+    const double factor = single ? single_value(upstream) : 0;
     if (single && factor == 1 && grad.defined()) return take(torch::autograd::get_current_graph_task_keep_graph());
     if (!grad.defined() || at::isReducedFloatingType(grad.scalar_type())) {
       // Scaling a rounded gradient would round it twice.

@@ -14,6 +14,7 @@ from typing import Final, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 Truth: TypeAlias = Literal["ce", "gce", "mae", "log_odds"]
 Distance: TypeAlias = Literal["uniform", "non_target", "non_target_logits", "conditional", "kl"]
@@ -172,7 +173,9 @@ def _check_target_shape(logits: Tensor, y: Tensor) -> None:
         raise RuntimeError("logits must have shape (C,), (N, C) or (N, C, d1, ...), got ()")
     if logits.dim() == 1:
         if got not in ((), (1,)):
-            raise RuntimeError(f"y must have shape () for logits of shape {tuple(logits.shape)}, got {got}")
+            raise (ValueError if len(got) == 1 else RuntimeError)(
+                f"y must have shape () for logits of shape {tuple(logits.shape)}, got {got}"
+            )
         return
     want = (logits.shape[0], *logits.shape[2:])
     if got == want:
@@ -226,5 +229,14 @@ def _check_labels(y: Tensor, classes: int, ignore_index: int) -> None:
 
 
 def _is_concrete(tensor: Tensor) -> bool:
-    """False while a compiler or a functional transform traces the call: values cannot be looked at then."""
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or tensor.is_meta)
+    """False while something traces the call (see `watches_operators`): values cannot be looked at then."""
+    return not (watches_operators() or tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+def watches_operators() -> bool:
+    """True inside `torch.compile`, `torch.func` and dispatch modes such as those of fake tensors and tracing."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )

@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from .. import reference
 from .._build import load_extension
 from .._version import __version__
-from ..spec import BACKENDS, LossSpec, LossStats, check_backend_name
+from ..spec import BACKENDS, LossSpec, LossStats, check_backend_name, watches_operators
 from . import cpp
 
 Backend: TypeAlias = Callable[
@@ -74,17 +74,8 @@ def choose(logits: Tensor, name: str | None) -> Backend:
 
 
 def needs_transforms() -> bool:
-    """True where only PyTorch's own operators work.
-
-    That is inside `torch.compile`, `torch.func`, forward-mode differentiation and anything else that watches
-    every operator (fake tensors, tracing).
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
+    """True where only PyTorch's own operators work: under forward-mode differentiation, or where they are watched."""
+    return torch.autograd.forward_ad._current_level >= 0 or watches_operators()
 
 
 def _forced(logits: Tensor, name: str) -> Backend:
