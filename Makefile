@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt drsl_kernels/_version.py $(wildcard csrc/* csrc/*/*)
 CPP_FILES = $$(find csrc tests/cpp -name '*.h' -o -name '*.cpp')
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2
 
 # cmake and ninja may be in the environment only.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -45,7 +45,7 @@ cpp-test: $(INSTALLED) ## C++ tests, plain and under AddressSanitizer and Undefi
 	$(call run_ctest,build/sanitized,-DDRSL_BUILD_TESTS=ON -DDRSL_BUILD_EXTENSION=OFF -DDRSL_SANITIZE=ON)
 
 bench: $(INSTALLED) ## Speed against F.cross_entropy, by pytest-benchmark
-	$(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)
+	$(BIN)/python -m pytest benchmarks
 
 clean: ## Remove everything that was built, and .venv/
 	rm -rf $(VENV) build dist *.egg-info drsl_kernels/_C*.so drsl_kernels/_build_info.json
