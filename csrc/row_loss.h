@@ -180,11 +180,13 @@ DRSL_FN T difference_error(T x, T y, T rounded) {
 
 template <class T>
 DRSL_FN Odds<T> label_odds(const RowStats<T>& rest, T label, T scale, T margin) {
-  const T target = scale * label - margin;
+  const T scaled = scale * label;
+  const T target = scaled - margin;
   const T gap = rest.max - target;
   const T log_sum = log_(rest.sum_exp);
   const T delta = gap + log_sum;
-  const T low = difference_error(rest.max, target, gap) + difference_error(gap, -log_sum, delta);
+  const T low = difference_error(rest.max, target, gap) - difference_error(scaled, margin, target) +
+                difference_error(gap, -log_sum, delta);
   const T magnitude = exp_(-abs_(delta));
   const auto wrong = delta > T(0);
   const T tail = magnitude - magnitude * select(wrong, low, -low);

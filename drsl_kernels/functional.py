@@ -10,7 +10,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from .backends import choose
-from .spec import BackendName, Distance, LossStats, Reduction, Truth, loss_spec
+from .spec import BackendName, Distance, LossStats, Reduction, Truth, cached_loss_spec
 
 __all__ = ["fused_drsl_loss", "softmax_loss"]
 
@@ -214,6 +214,6 @@ def softmax_loss(
     The other arguments, the result and the errors are those of `fused_drsl_loss`. `label_smoothing` is defined
     for ``ce`` alone: with another truth it must be 0, else ValueError.
     """
-    spec = loss_spec(truth, q, distance, scale, margin, ignore_index, reduction, label_smoothing)
+    spec = cached_loss_spec(truth, q, distance, scale, margin, ignore_index, reduction, label_smoothing)
     loss, stats = choose(logits, backend)(logits, y, tau, weight, spec, return_stats)
     return loss if stats is None else (loss, stats)

@@ -101,10 +101,13 @@ def row_stats(z: Tensor, y: Tensor, scale: float = 1.0, margin: float = 0.0) -> 
     exps = torch.where(rest, below.exp(), 0.0)
     total = torch.where(count > 0, exps.sum(-1), 1.0)
     log_total = total.log()
+    delta = torch.where(count > 0, (shift.squeeze(-1) - scale * label + margin) + log_total, 0.0)
+    # A loss that is linear in delta would have a finite gradient where delta is NaN.
+    delta = delta * torch.where(delta.isnan(), torch.nan, 1.0).to(z.dtype)
     depth = -below.sum(-1) / count.clamp(min=1.0)
     from_mean = torch.where(rest, below + depth.unsqueeze(-1), 0.0)
     return RowStats(
-        delta=torch.where(count > 0, (shift.squeeze(-1) - scale * label + margin) + log_total, 0.0),
+        delta=delta,
         rho=(exps / total.unsqueeze(-1)).square().sum(-1),
         kappa=depth + log_total,
         variance=from_mean.square().sum(-1),

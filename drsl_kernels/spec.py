@@ -1,7 +1,7 @@
 """Names and values of a loss, and every check of an argument, in one place.
 
 `LossSpec` is what a backend receives instead of a dozen loose arguments. It is validated once, when it is
-made, and `loss_spec` caches it, so a training loop pays for the checks in its first step only.
+made, and `cached_loss_spec` remembers it.
 `check_tensors` explains what is wrong with tensors. Relies on torch alone; everything else relies on it.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Final, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -70,7 +70,6 @@ class LossSpec:
     reduction_code: int
 
 
-@lru_cache(maxsize=256, typed=True)
 def loss_spec(
     truth: str,
     q: float,
@@ -119,6 +118,19 @@ def loss_spec(
         distance_code=0 if distance is None else 1 + DISTANCES.index(distance),
         reduction_code=REDUCTIONS.index(reduction),
     )
+
+
+_remembered_loss_spec = lru_cache(maxsize=256, typed=True)(loss_spec)
+
+
+def cached_loss_spec(*arguments: Any) -> LossSpec:
+    """`loss_spec`, remembered: a training loop pays for the checks in its first step only."""
+    if torch.compiler.is_compiling():
+        return loss_spec(*arguments)
+    try:
+        return _remembered_loss_spec(*arguments)
+    except TypeError:  # an argument that cannot be remembered, such as a list: the checks say what is wrong with it
+        return loss_spec(*arguments)
 
 
 def check_backend_name(name: object) -> None:

@@ -175,7 +175,6 @@ DRSL_PASS BlockGrad<S> finish_block(const CallInfo<S>& call, int64_t first, int6
   if (call.upstream) {
     scale = scale * (t.upstream_stride ? read_rows<S>(call.upstream, first, n) : Vec<S>(*call.upstream));
   }
-  scale = select(valid, scale, zero);
   const Vec<S> per_sum = one / select(stats.sum_exp == zero, one, stats.sum_exp);
   // Where c is 0 the moments do not count, even if they overflowed.
   const Mask<S> flat = row.c == zero;

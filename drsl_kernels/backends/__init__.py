@@ -79,10 +79,10 @@ def needs_transforms() -> bool:
 
 
 def _forced(logits: Tensor, name: str) -> Backend:
-    if not _usable(name):
-        raise RuntimeError(f"backend={name!r} is not usable: {_inspect(name).detail}")
     if name == "reference" or not isinstance(logits, Tensor):  # the reference tells what is wrong with the latter
         return reference.softmax_loss
+    if not _usable(name):
+        raise RuntimeError(f"backend={name!r} is not usable: {_inspect(name).detail}")
     if logits.device.type != "cpu":
         raise RuntimeError(f"backend='cpp' needs logits on the CPU, got {logits.device}")
     if needs_transforms():

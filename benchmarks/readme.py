@@ -1,0 +1,92 @@
+"""Fill the README's tables from the committed results: `python benchmarks/readme.py`, `--check` to compare only.
+
+A table stands between `<!-- NAME -->` and `<!-- end NAME -->`. Relies on benchmarks/results/; a test runs --check,
+so a number in a table cannot differ from the result that it comes from.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@click.command()
+@click.option("--check", is_flag=True, help="Change nothing; fail if the README is not up to date.")
+def main(check: bool) -> None:
+    """Write the tables of README.md from benchmarks/results/."""
+    path = ROOT / "README.md"
+    old = path.read_text()
+    new = filled(old)
+    if check:
+        sys.exit("README.md differs from the results: run python benchmarks/readme.py" if new != old else 0)
+    path.write_text(new)
+
+
+def filled(text: str) -> str:
+    """The README with every table made anew."""
+    for name, table in {"demo": demo_table(), "ratios": ratio_table()}.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        text, count = pattern.subn(lambda match, table=table: match[1] + table + match[2], text)  # type: ignore[misc]
+        if count != 1:
+            raise SystemExit(f"README.md must hold <!-- {name} --> and <!-- end {name} --> once, found {count}")
+    return text
+
+
+def demo_table() -> str:
+    """Clean and robust accuracy of the bundled comparison."""
+    result = json.loads((RESULTS / "demo" / "results.json").read_text())
+    columns = result["summary"]
+    heads = [c["loss"] if c["loss"] == "ce" else f"{c['loss']} tau={c['tau']:g}" for c in columns]
+    lines = [_row(["trained with", *heads]), _row(["---", *["---:"] * len(heads)])]
+    lines.append(_row(["clean", *[_percent(c["clean_accuracy"]) for c in columns]]))
+    for i, entry in enumerate(columns[0]["robust_accuracy"]):
+        lines.append(_row([f"robust, eps {entry['eps']:g}", *[_percent(c["robust_accuracy"][i]) for c in columns]]))
+    lines.append(_row(["seconds per epoch", *[f"{c['seconds_per_epoch']:.4f}" for c in columns]]))
+    lines.append(_row(["ratio to `F.cross_entropy`", *[f"{c['ratio_to_cross_entropy']:.2f}" for c in columns]]))
+    return "\n".join(lines) + "\n"
+
+
+def ratio_table() -> str:
+    """Time of forward + backward, and of the loss alone, over that of F.cross_entropy."""
+    result = json.loads((RESULTS / "cpu_ratios.json").read_text())
+    rows = result["rows"]
+    by_work: dict[str, dict[tuple[int, int], Any]] = {}
+    for row in rows:
+        by_work.setdefault(row["work"], {})[row["rows"], row["classes"]] = row
+    heads = ["logits", "`F.cross_entropy`", "`uniform`", "`non_target_logits`", "`uniform`, loss alone"]
+    lines = [_row(heads), _row(["---", *["---:"] * (len(heads) - 1)])]
+    for shape, row in by_work["forward+backward"].items():
+        alone = by_work["no_grad"][shape]
+        lines.append(
+            _row(
+                [
+                    f"{shape[0]}x{shape[1]}",
+                    f"{row['seconds']['F.cross_entropy']['median'] * 1e6:,.0f} us",
+                    f"{row['ratio']['uniform']:.2f}",
+                    f"{row['ratio']['non_target_logits']:.2f}",
+                    f"{alone['ratio']['uniform']:.2f}",
+                ]
+            )
+        )
+    where = f"{result['processor']}, {result['threads']} threads, torch {result['torch']}, {result['date'][:10]}"
+    return "\n".join(lines) + f"\n\n{where}, commit {result['commit']}.\n"
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _percent(value: dict[str, float]) -> str:
+    return f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,368 @@
+// csrc/cpu's kernels, for every instruction set that this build holds and this processor has: all losses, storage
+// formats, layouts and optional arguments against row_loss.h in double (kernel_truth.h), on buffers of exact size.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <cstdlib>
+
+#include "check.h"
+#include "kernel_problem.h"
+#include "kernel_truth.h"
+
+namespace {
+
+using namespace drsl;
+
+constexpr Truth kTruths[] = {Truth::ce, Truth::gce, Truth::mae, Truth::log_odds};
+constexpr Distance kDistances[] = {Distance::none,        Distance::uniform,
+                                   Distance::non_target,  Distance::non_target_logits,
+                                   Distance::conditional, Distance::kl};
+constexpr Place kPlaces[] = {Place::heap, Place::before_guard, Place::after_guard};
+
+// ---------------------------------------------------------------------------------------------------------
+// One problem
+
+char running[400];  // the problem at hand, for messages
+
+void describe(const Kernels& kernels, const Problem& p, Kind kind, Place place) {
+  const Choice& c = p.choice;
+  std::snprintf(
+      running, sizeof(running),
+      "%s %s: %d rows, %d classes, layout %d, place %d, truth %d, distance %d, smoothing %g, scale %g, margin %g, "
+      "class weights %d, tau per row %d, gradient %d, upstream stride %d, outputs %d",
+      kernels.name, name_of(c.dtype), int(p.task.rows), int(p.task.classes), int(kind), int(place), int(c.truth),
+      int(c.distance), c.smoothing, c.scale, c.margin, c.class_weights, c.tau_rows, c.grad, c.upstream_stride,
+      int(c.outputs));
+}
+
+#if !defined(__SANITIZE_ADDRESS__)
+// A guard page was touched: say by which problem.
+void on_fault(int) {
+  const char text[] = "memory outside of a buffer was touched by\n";
+  if (write(2, text, sizeof(text) - 1) < 0 || write(2, running, std::strlen(running)) < 0) std::abort();
+  std::signal(SIGSEGV, SIG_DFL);
+}
+#endif
+
+double run(const Kernels& kernels, const Problem& p, int64_t begin, int64_t end) {
+  Buffer scratch(kernels.scratch_bytes(p.task), Place::heap, 64);
+  scratch.fill(0xff);  // NaN
+  const double sum = kernels.run(p.task, begin, end, scratch.as<void>());
+  volatile long double one = 1;
+  CHECK(one + one == 2, "MMX instructions left the x87 registers taken; %s", running);
+  return sum;
+}
+
+// Outputs of rows outside [begin, end), and memory between the gradients of rows, are as they were before.
+void check_untouched(const Problem& p, int64_t begin, int64_t end) {
+  const Task& t = p.task;
+  const auto untouched = [](const void* data, int64_t size, int64_t i) {
+    const unsigned char* const bytes = static_cast<const unsigned char*>(data) + i * size;
+    return std::all_of(bytes, bytes + size, [](int byte) { return byte == kUntouched; });
+  };
+  for (const void* out : {t.loss, t.cross_entropy, t.distance_out, t.margin_out, t.tau_grad}) {
+    if (!out) continue;
+    for (int64_t row = 0; row < t.rows; ++row) {
+      CHECK(untouched(out, size_of(p.acc), row) == (row < begin || row >= end), "row %d of %s", int(row), running);
+    }
+  }
+  if (!t.grad) return;
+  std::vector<char> written(size_t(p.layout.grad.extent), 0);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t first = p.layout.offset(p.layout.grad, row);
+    for (int64_t k = 0; k < t.classes; ++k) written[size_t(first + k * p.layout.grad.class_stride)] = 1;
+  }
+  for (size_t i = 0; i < written.size(); ++i) {
+    CHECK(written[i] || untouched(t.grad, size_of(t.dtype), int64_t(i)), "gradient element %d of %s", int(i), running);
+  }
+}
+
+void check_value(const Problem& p, const void* out, int64_t row, const ExpectedRow& want, const Expected& expected,
+                 const char* what) {
+  if (!out) return;
+  const double got = get(p.acc, out, row), value = want.counts && want.any_nan ? NAN : expected.value;
+  CHECK(check::close(got, value, expected.slack), "%s of row %d: %.12g, not %.12g +- %.2g; %s", what, int(row), got,
+        value, expected.slack, running);
+}
+
+void check_gradient(const Problem& p, int64_t row, const ExpectedRow& want) {
+  if (!p.task.grad) return;
+  const int64_t first = p.layout.offset(p.layout.grad, row);
+  for (int64_t k = 0; k < p.task.classes; ++k) {
+    const double got = get(p.choice.dtype, p.task.grad, first + k * p.layout.grad.class_stride);
+    const auto [value, slack] = want.grad[size_t(k)];
+    if (want.counts && want.any_nan) {
+      const bool masked = p.logit(row, k) == -kInf && k != p.task.labels[row];
+      CHECK(std::isnan(got) || (masked && got == 0), "row %d with NaN, class %d: %g; %s", int(row), int(k), got,
+            running);
+    } else if (p.choice.dtype == DType::float16 && std::fabs(value) + slack >= 65504) {
+      CHECK(got * value > 0, "gradient too large for float16: %g; %s", got, running);
+    } else {
+      CHECK(check::close(got, value, slack), "gradient of row %d, class %d (label %d): %.12g, not %.12g +- %.2g; %s",
+            int(row), int(k), int(p.task.labels[row]), got, value, slack, running);
+    }
+  }
+}
+
+// The whole task at once, then again in pieces: the same bits.
+void check_problem(const Kernels& kernels, check::Random& random, const Choice& choice, Kind kind, int64_t rows,
+                   int64_t classes) {
+  const Place place = random.pick(kPlaces);
+  Problem p(random, choice, make_layout(random, kind, rows, classes), classes, place);
+  describe(kernels, p, kind, place);
+
+  p.clear_outputs();
+  const double sum = run(kernels, p, 0, rows);
+  check_untouched(p, 0, rows);
+  double want_sum = 0, sum_slack = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    const ExpectedRow want = expected_row(p, row);
+    check_value(p, p.task.loss, row, want, want.loss, "loss");
+    check_value(p, p.task.cross_entropy, row, want, want.cross_entropy, "cross entropy");
+    check_value(p, p.task.distance_out, row, want, want.distance, "distance");
+    check_value(p, p.task.margin_out, row, want, want.margin, "margin");
+    check_value(p, p.task.tau_grad, row, want, want.tau_grad, "gradient to tau");
+    check_gradient(p, row, want);
+    want_sum += want.counts && want.any_nan ? NAN : want.loss.value;
+    sum_slack += want.loss.slack;
+  }
+  CHECK(check::close(sum, want_sum, sum_slack), "sum %.12g, not %.12g +- %.2g; %s", sum, want_sum, sum_slack, running);
+
+  if (rows > 16) {
+    const std::vector<char> whole = p.output_bytes();
+    p.clear_outputs();
+    const int64_t cut = 16 * (1 + random.below((rows - 1) / 16));
+    double pieces = run(kernels, p, 0, cut);
+    check_untouched(p, 0, cut);
+    pieces += run(kernels, p, cut, rows);
+    CHECK(p.output_bytes() == whole, "cut at row %d: other bits; %s", int(cut), running);
+    CHECK(check::close(pieces, sum, 1e-12 * double(rows) * std::fabs(sum) + 1e-12), "sum of the pieces; %s", running);
+  }
+  CHECK(p.inputs_unchanged(), "an input was written; %s", running);
+}
+
+Choice random_choice(check::Random& random, DType dtype) {
+  constexpr double kSpreads[] = {0.5, 3, 20}, kOffsets[] = {0, 0, 0, 100, -1e4};
+  constexpr double kShares[] = {0, 0, 0.1, 0.5};
+  Choice c;
+  c.dtype = dtype;
+  c.truth = random.pick(kTruths);
+  c.distance = random.pick(kDistances);
+  c.smoothing = c.truth == Truth::ce && random.chance(0.4) ? random.uniform(0.01, 1) : 0;
+  c.q = random.uniform(0.05, 1);
+  if (random.chance(0.3)) c.scale = random.uniform(0.5, 2);
+  if (random.chance(0.3)) c.margin = random.uniform(-1, 1);
+  c.class_weights = random.chance(0.4);
+  c.tau_rows = random.chance(0.4);
+  c.grad = random.chance(0.8);
+  c.upstream_stride = int(random.below(3)) - 1;
+  c.outputs = random.chance(0.6) ? 31 : random.bits() % 32;
+  c.ignored = random.pick(kShares);
+  c.masked = random.pick(kShares);
+  c.nan = random.pick(kShares) / 2;
+  c.spread = random.pick(kSpreads);
+  c.offset = random.pick(kOffsets);
+  c.ignore_index = random.chance(0.5) ? -100 : random.below(3);
+  return c;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Sets of problems
+
+void test_all_losses(const Kernels& kernels, DType dtype) {
+  check::Random random(21);
+  for (const Truth truth : kTruths) {
+    for (const Distance distance : kDistances) {
+      for (const double smoothing : {0.0, 0.1}) {
+        if (smoothing > 0 && truth != Truth::ce) continue;
+        for (const bool weights : {false, true}) {
+          for (const int64_t classes : {2, 10, 130}) {
+            Choice c;
+            c.dtype = dtype;
+            c.truth = truth;
+            c.distance = distance;
+            c.smoothing = smoothing;
+            c.class_weights = weights;
+            check_problem(kernels, random, c, Kind::contiguous, 18, classes);
+          }
+        }
+      }
+    }
+  }
+}
+
+void test_shapes(const Kernels& kernels, DType dtype) {
+  check::Random random(22);
+  for (const int64_t classes : {1, 2, 3, 15, 16, 17, 127, 128, 129, 130}) {
+    for (const int64_t rows : {1, 15, 16, 17, 33}) {
+      for (const Kind kind : kKinds) check_problem(kernels, random, random_choice(random, dtype), kind, rows, classes);
+    }
+  }
+  for (const int64_t classes : {1000, 1003}) {
+    for (const int64_t rows : {1, 17}) {
+      for (const Kind kind : kKinds) check_problem(kernels, random, random_choice(random, dtype), kind, rows, classes);
+    }
+  }
+  for (const int64_t classes : {4096, 5003}) {
+    check_problem(kernels, random, random_choice(random, dtype), Kind::padded_rows, 3, classes);
+  }
+  check_problem(kernels, random, random_choice(random, dtype), Kind::images, 3 * 32 * 2, 5);
+}
+
+void test_at_random(const Kernels& kernels, DType dtype) {
+  check::Random random(23);
+  for (int i = 0; i < 300; ++i) {
+    const int64_t classes = 1 + (random.chance(0.7) ? random.below(40) : random.below(300));
+    check_problem(kernels, random, random_choice(random, dtype), random.pick(kKinds), 1 + random.below(50), classes);
+  }
+}
+
+// Logits whose differences overflow: a penalty of strength 0 stays away, and cross-entropy has its limits.
+void test_huge_logits(const Kernels& kernels, DType dtype, int64_t classes) {
+  check::Random random(25);
+  const double huge = dtype == DType::float64 ? 1.5e308 : dtype == DType::float16 ? 65504 : 3e38;
+  for (const Distance distance : kDistances) {
+    Choice c;
+    c.dtype = dtype;
+    c.distance = distance;
+    Problem p(random, c, make_layout(random, Kind::contiguous, 2, classes), classes, Place::before_guard);
+    describe(kernels, p, Kind::contiguous, Place::before_guard);
+    void* const logits = const_cast<void*>(p.task.logits);
+    int64_t* const labels = const_cast<int64_t*>(p.task.labels);
+    for (int64_t i = 0; i < 2 * classes; ++i) put(dtype, logits, i, -huge);
+    put(dtype, logits, 1, huge);
+    put(dtype, logits, classes + 1, huge);
+    labels[0] = 1;  // the label far above the rest, and one of the rest far above the label
+    labels[1] = classes - 1;
+    p.task.tau = 0;
+    p.task.grad_scale = 1;
+    run(kernels, p, 0, 2);
+    const bool overflows = dtype != DType::float16;
+    CHECK(get(p.acc, p.task.loss, 0) == 0, "%s", running);
+    CHECK(get(p.acc, p.task.loss, 1) == (overflows ? kInf : 2 * huge), "%s", running);
+    for (int64_t k = 0; k < classes; ++k) {
+      const double first = get(dtype, p.task.grad, k), second = get(dtype, p.task.grad, classes + k);
+      CHECK(first == 0, "class %d: %g; %s", int(k), first, running);
+      CHECK(second == (k == 1) - (k == labels[1]), "class %d: %g; %s", int(k), second, running);
+    }
+  }
+}
+
+// A matrix with more than 2^31 elements between rows or between classes; only the pages in use become memory.
+class FarMatrix {
+ public:
+  FarMatrix(int64_t elements) : bytes_(size_t(elements) * sizeof(float)) {
+    data_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  }
+  ~FarMatrix() {
+    if (*this) munmap(data_, bytes_);
+  }
+  FarMatrix(const FarMatrix&) = delete;
+  FarMatrix& operator=(const FarMatrix&) = delete;
+  explicit operator bool() const { return data_ != MAP_FAILED; }
+  float* data() { return static_cast<float*>(data_); }
+
+ private:
+  size_t bytes_;
+  void* data_;
+};
+
+void test_far_apart(const Kernels& kernels, int64_t classes, bool far_classes) {
+  constexpr int64_t kRows = 3, kFar = (int64_t(1) << 31) + 5;
+  check::Random random(24);
+  Choice c;
+  c.distance = Distance::non_target_logits;
+  Problem p(random, c, make_layout(random, Kind::contiguous, kRows, classes), classes, Place::heap);
+  const double sum = run(kernels, p, 0, kRows);
+
+  const int64_t row_stride = far_classes ? 1 : kFar, class_stride = far_classes ? kFar : 1;
+  const int64_t extent = 1 + (kRows - 1) * row_stride + (classes - 1) * class_stride;
+  FarMatrix logits(extent), grad(extent);
+  if (!logits || !grad) {
+    std::printf("skipped: no %g GB of address space for far strides\n", 8e-9 * double(extent));
+    return;
+  }
+  Task far = p.task;
+  far.layout.logits_strides = far.layout.grad_strides = &row_stride;
+  far.layout.logits_class_stride = far.layout.grad_class_stride = class_stride;
+  far.logits = logits.data();
+  far.grad = grad.data();
+  for (int64_t row = 0; row < kRows; ++row) {
+    for (int64_t k = 0; k < classes; ++k) logits.data()[row * row_stride + k * class_stride] = float(p.logit(row, k));
+  }
+  Buffer scratch(kernels.scratch_bytes(far), Place::heap, 64);
+  CHECK(kernels.run(far, 0, kRows, scratch.as<void>()) == sum, "%s, far strides: other sum", kernels.name);
+  for (int64_t row = 0; row < kRows; ++row) {
+    for (int64_t k = 0; k < classes; ++k) {
+      CHECK(grad.data()[row * row_stride + k * class_stride] == static_cast<float*>(p.task.grad)[row * classes + k],
+            "%s, far strides: gradient of row %d, class %d", kernels.name, int(row), int(k));
+    }
+  }
+}
+
+void test_scan_labels(const Kernels& kernels) {
+  const auto scan = [&](const std::vector<int64_t>& labels, int64_t classes, int64_t ignore_index) {
+    Buffer exact(int64_t(labels.size()) * 8, Place::before_guard, 8);
+    std::copy(labels.begin(), labels.end(), exact.as<int64_t>());
+    return kernels.scan_labels(exact.as<int64_t>(), int64_t(labels.size()), classes, ignore_index);
+  };
+  const auto is = [&](LabelScan got, int64_t counted, bool out_of_range) {
+    CHECK(got.counted == counted && got.out_of_range == out_of_range, "%s: %d labels counted, out of range %d",
+          kernels.name, int(got.counted), got.out_of_range);
+  };
+  is(scan({}, 3, -100), 0, false);
+  is(scan({0, 1, 2}, 3, -100), 3, false);
+  is(scan({0, 3, 2}, 3, -100), 3, true);
+  is(scan({0, -1, 2}, 3, -100), 3, true);
+  is(scan({-100, 1, -100}, 3, -100), 1, false);
+  is(scan({-100, -100}, 3, -100), 0, false);
+  is(scan({0, 1, 2, 1}, 3, 1), 2, false);   // ignore_index is a class
+  is(scan({0, 3, 7}, 3, 3), 2, true);       // ignore_index is the number of classes
+  is(scan({0, 3}, 3, 3), 1, false);
+  is(scan({INT64_MAX}, INT64_MAX, -100), 1, true);
+  is(scan({INT64_MIN, 0}, 3, -100), 2, true);
+  is(scan({INT64_MIN, 0}, 3, INT64_MIN), 1, false);
+  is(scan({int64_t(1) << 32}, 3, -100), 1, true);  // 0 in its lower half
+  for (int n = 1; n < 40; ++n) {
+    for (int at = 0; at < n; ++at) {
+      std::vector<int64_t> labels(size_t(n), 2);
+      labels[size_t(at)] = at % 2 ? -7 : 9;
+      is(scan(labels, 9, -100), n, true);
+      is(scan(labels, 9, labels[size_t(at)]), n - 1, false);
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+#if !defined(__SANITIZE_ADDRESS__)
+  std::signal(SIGSEGV, on_fault);
+#endif
+  CHECK(!kernels_for("sse9") && !kernels_for(""), "an unknown instruction set has no kernels");
+  CHECK(kernels_for("baseline"));
+  setenv("DRSL_KERNELS_CPU_CAPABILITY", "baseline", 1);
+  CHECK(!std::strcmp(kernels().name, "baseline"));
+
+  for (const char* name : {"baseline", "avx2", "avx512"}) {
+    const Kernels* const found = kernels_for(name);
+    if (!found) {
+      std::printf("skipped: no kernels for %s in this build or on this processor\n", name);
+      continue;
+    }
+    CHECK(!std::strcmp(found->name, name));
+    test_scan_labels(*found);
+    test_far_apart(*found, 3, false);
+    test_far_apart(*found, 3, true);
+    test_far_apart(*found, 200, false);
+    for (const DType dtype : kDTypes) {
+      test_all_losses(*found, dtype);
+      test_shapes(*found, dtype);
+      test_at_random(*found, dtype);
+      test_huge_logits(*found, dtype, 4);
+      test_huge_logits(*found, dtype, 133);
+    }
+  }
+  return check::report();
+}

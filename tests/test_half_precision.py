@@ -1,0 +1,58 @@
+"""Gradients of bfloat16 and float16 logits: rounded once, loss scaling, autocast."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CLASSES, ROWS, labels, leaf, random_logits, true_gradient
+from truth import loss_and_gradient
+
+from drsl_kernels import fused_drsl_loss
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("factor", [1.0, 1 / 3, 1000.0])
+def test_half_precision_gradient_is_rounded_once(factor: float, dtype: str, backend: str) -> None:
+    z = leaf(dtype, rows=64, classes=50)
+    (fused_drsl_loss(z, labels(64, 50), 0.5, reduction="sum", backend=backend) * factor).backward()
+    want = true_gradient(z.detach(), reduction="sum", upstream=torch.tensor(factor, dtype=torch.float64))
+    assert z.grad is not None
+    # Where float32 arithmetic falls on the other side of a rounding boundary the last bit differs: seldom.
+    assert (z.grad != want).double().mean() < 1e-3
+    torch.testing.assert_close(z.grad, want, rtol=torch.finfo(z.dtype).eps, atol=0)
+
+
+def test_loss_scale_keeps_small_float16_gradients(backend: str) -> None:
+    """Gradients near 1e-9 are 0 in float16 by themselves; a loss scale of 2^16 brings them into range."""
+    z = leaf("float16", rows=2, classes=1000)
+    with torch.no_grad():
+        z.div_(8)[:, 0] = 12.0
+    y = torch.tensor([0, 0])
+    scale = 2.0**16
+    (fused_drsl_loss(z, y, 0.5, backend=backend) * scale).backward()
+    want = loss_and_gradient(z, y, 0.5, distance="uniform")[1]
+    assert (want.abs() < 2e-8).any()
+    assert z.grad is not None
+    assert (z.grad != 0).all()
+    torch.testing.assert_close(z.grad.double() / scale, want, rtol=2e-2, atol=2.0**-24 / scale)
+
+
+def test_gradient_scaler_finds_an_overflow(backend: str) -> None:
+    z = leaf("float16")
+    (fused_drsl_loss(z, labels(), 0.5, reduction="sum", backend=backend) * 2.0**20).backward()
+    assert z.grad is not None
+    assert z.grad.isinf().any()
+
+
+def test_autocast(backend: str) -> None:
+    weight, x = random_logits(CLASSES, 3, seed=4).requires_grad_(), random_logits(ROWS, 3, seed=5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = F.linear(x, weight)
+        loss = fused_drsl_loss(logits, labels(), 0.5, backend=backend)
+    assert logits.dtype == torch.bfloat16
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert weight.grad is not None
+    want = true_gradient(logits.detach().float()).t() @ x
+    torch.testing.assert_close(weight.grad, want, rtol=2e-2, atol=2e-2)

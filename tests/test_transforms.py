@@ -1,0 +1,246 @@
+"""Where only PyTorch's own operators work, calls go through the reference on their own: `torch.func`, forward mode,
+`torch.compile`, fake tensors, dispatch modes. The results are those of the textbook formula.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import random_labels, random_logits
+from torch import Tensor
+from truth import loss_and_gradient, row_losses
+
+from drsl_kernels import DRSLLoss, fused_drsl_loss, softmax_loss
+
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, inside functorch
+
+ROWS, CLASSES = 4, 5
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    return random_logits(ROWS, CLASSES, dtype=dtype), random_labels(ROWS, classes=CLASSES)
+
+
+def ours(z: Tensor, y: Tensor, tau: Tensor | float = 0.5, **arguments: Any) -> Tensor:
+    return fused_drsl_loss(z, y, tau, **arguments)
+
+
+def textbook(z: Tensor, y: Tensor, tau: Tensor | float = 0.5) -> Tensor:
+    return row_losses(z, y, tau, distance="uniform").mean()
+
+
+def test_func_grad() -> None:
+    z, y = inputs()
+    grad, value = torch.func.grad_and_value(ours)(z, y)
+    want, want_grad, _ = loss_and_gradient(z, y, 0.5, distance="uniform")
+    torch.testing.assert_close(value, want)
+    torch.testing.assert_close(grad, want_grad)
+
+
+def test_func_grad_of_tau() -> None:
+    z, y = inputs()
+    tau = torch.tensor(0.5, dtype=torch.float64)
+    torch.testing.assert_close(
+        torch.func.grad(ours, argnums=2)(z, y, tau), loss_and_gradient(z, y, tau, distance="uniform")[2]
+    )
+
+
+def test_vmap() -> None:
+    z, y = random_logits(3, ROWS, CLASSES), random_labels(3, ROWS, classes=CLASSES)
+    got = torch.func.vmap(ours)(z, y)
+    torch.testing.assert_close(got, torch.stack([ours(a, b) for a, b in zip(z, y, strict=True)]))
+
+
+def test_vmap_over_unbatched_rows() -> None:
+    z, y = inputs()
+    got = torch.func.vmap(ours)(z, y)
+    torch.testing.assert_close(got, ours(z, y, reduction="none"))
+
+
+def test_vmap_over_tau_alone() -> None:
+    z, y = inputs()
+    taus = torch.tensor([0.0, 0.5, 2.0], dtype=torch.float64)
+    got = torch.func.vmap(ours, in_dims=(None, None, 0))(z, y, taus)
+    torch.testing.assert_close(got, torch.stack([ours(z, y, tau.item()) for tau in taus]))
+
+
+def test_vmap_with_statistics() -> None:
+    z, y = inputs()
+    _, got = torch.func.vmap(lambda z, y: fused_drsl_loss(z, y, 0.5, return_stats=True))(z, y)
+    _, want = fused_drsl_loss(z, y, 0.5, return_stats=True)
+    torch.testing.assert_close(tuple(got), tuple(want))
+
+
+def test_per_sample_gradients() -> None:
+    z, y = inputs()
+    got = torch.func.vmap(torch.func.grad(ours))(z, y)
+    torch.testing.assert_close(got, ROWS * loss_and_gradient(z, y, 0.5, distance="uniform")[1])
+
+
+@pytest.mark.parametrize("jacobian", [torch.func.jacrev, torch.func.jacfwd])
+def test_jacobian(jacobian: Any) -> None:
+    z, y = inputs()
+    got = jacobian(lambda z: ours(z, y, reduction="none"))(z)
+    want = torch.autograd.functional.jacobian(lambda z: row_losses(z, y, 0.5, distance="uniform"), z)
+    torch.testing.assert_close(got, want)
+
+
+def test_hessian() -> None:
+    z, y = inputs()
+    want = torch.autograd.functional.hessian(lambda z: textbook(z, y), z)
+    torch.testing.assert_close(torch.func.hessian(lambda z: ours(z, y))(z), want)
+
+
+def test_jvp() -> None:
+    z, y = inputs()
+    direction = random_logits(ROWS, CLASSES, dtype=torch.float64, seed=3)
+    value, slope = torch.func.jvp(lambda z: ours(z, y), (z,), (direction,))
+    want, grad, _ = loss_and_gradient(z, y, 0.5, distance="uniform")
+    torch.testing.assert_close(value, want)
+    torch.testing.assert_close(slope, (grad * direction).sum())
+
+
+def test_forward_mode() -> None:
+    z, y = inputs()
+    direction = random_logits(ROWS, CLASSES, dtype=torch.float64, seed=3)
+    with torch.autograd.forward_ad.dual_level():
+        loss = ours(torch.autograd.forward_ad.make_dual(z, direction), y)
+        slope = torch.autograd.forward_ad.unpack_dual(loss).tangent
+    torch.testing.assert_close(slope, (loss_and_gradient(z, y, 0.5, distance="uniform")[1] * direction).sum())
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_functional_jacobian(vectorize: bool) -> None:
+    z, y = inputs()
+    got = torch.autograd.functional.jacobian(lambda z: ours(z, y, reduction="none"), z, vectorize=vectorize)
+    want = torch.autograd.functional.jacobian(lambda z: row_losses(z, y, 0.5, distance="uniform"), z)
+    torch.testing.assert_close(got, want)
+
+
+def test_transforms_of_a_label_out_of_range_fail() -> None:
+    z, y = inputs()
+    y[1] = CLASSES
+    with pytest.raises((IndexError, RuntimeError)):
+        torch.func.grad(ours)(z, y)
+
+
+@pytest.mark.filterwarnings("error:Dynamo")
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_compile(compiler: str) -> None:
+    torch._dynamo.reset()
+    z, y = inputs(torch.float32)
+    z.requires_grad_()
+
+    @torch.compile(backend=compiler, fullgraph=True)
+    def step(z: Tensor, y: Tensor) -> Tensor:
+        return 2 * fused_drsl_loss(z, y, 0.5, distance="kl", label_smoothing=0.1, reduction="sum")
+
+    loss = step(z, y)
+    want, grad, _ = loss_and_gradient(
+        z, y, 0.5, distance="kl", label_smoothing=0.1, reduction="sum", upstream=torch.tensor(2.0)
+    )
+    torch.testing.assert_close(loss.detach(), 2 * want, check_dtype=False)
+    torch.testing.assert_close(torch.autograd.grad(loss, z)[0], grad, check_dtype=False)
+
+
+def test_compile_of_the_module_with_a_tensor_tau() -> None:
+    torch._dynamo.reset()
+    z, y = inputs(torch.float32)
+    module = DRSLLoss(torch.nn.Parameter(torch.tensor(0.5)))
+    loss = torch.compile(module, backend="aot_eager", fullgraph=True)(z, y)
+    loss.backward()
+    want, _, tau_grad = loss_and_gradient(z, y, torch.tensor(0.5), distance="uniform")
+    torch.testing.assert_close(loss.detach(), want, check_dtype=False)
+    torch.testing.assert_close(module.tau.grad, tau_grad, check_dtype=False)
+
+
+def test_compile_refuses_bad_arguments() -> None:
+    torch._dynamo.reset()
+    z, y = inputs()
+    with pytest.raises(Exception, match="reduction must be one of"):
+        torch.compile(lambda z, y: fused_drsl_loss(z, y, 0.5, reduction="avg"), backend="eager")(z, y)
+
+
+def test_fake_tensors() -> None:
+    with torch._subclasses.FakeTensorMode():
+        loss = fused_drsl_loss(torch.empty(4, 5), torch.zeros(4, dtype=torch.long), 0.5, reduction="none")
+    assert loss.shape == (4,)
+
+
+@pytest.mark.filterwarnings("ignore:drsl_kernels runs on the slower")
+def test_meta_tensors() -> None:
+    z, y = torch.empty(4, 5, device="meta"), torch.empty(4, dtype=torch.long, device="meta")
+    loss = softmax_loss(z, y, distance="kl", tau=0.1, reduction="none")
+    assert loss.shape == (4,)
+    assert loss.is_meta
+
+
+def test_dispatch_modes_see_the_operators() -> None:
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        names: list[str] = []  # noqa: RUF012
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    z, y = inputs()
+    with Recorder() as recorder:
+        loss = ours(z, y)
+    torch.testing.assert_close(loss, textbook(z, y))
+    assert recorder.names
+
+
+def test_tensor_subclasses() -> None:
+    class Named(Tensor):
+        pass
+
+    z, y = inputs()
+    loss = ours(z.as_subclass(Named).requires_grad_(), y)
+    torch.testing.assert_close(loss.detach().as_subclass(Tensor), textbook(z, y))
+
+
+def test_default_device_and_dtype_do_not_matter() -> None:
+    z, y = inputs(torch.float32)
+    want = ours(z, y)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("cpu"):
+            for backend in ("cpp", "reference"):
+                assert ours(z, y, backend=backend).dtype == torch.float32
+                torch.testing.assert_close(ours(z, y, backend=backend), want)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo")
+@pytest.mark.parametrize("which", ["func", "forward_mode", "compile"])
+def test_forcing_the_compiled_backend_there_says_why(which: str) -> None:
+    z, y = inputs()
+    message = "backend='cpp' is not usable inside"
+    if which == "func":
+        with pytest.raises(RuntimeError, match=message):
+            torch.func.grad(lambda z: ours(z, y, backend="cpp"))(z)
+    elif which == "forward_mode":
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match=message):
+            ours(z, y, backend="cpp")
+    else:
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=message):
+            torch.compile(lambda z: ours(z, y, backend="cpp"), backend="eager")(z)
+
+
+def test_negative_views(backend: str) -> None:
+    """The imaginary part of a conjugate is a float tensor whose sign is not in memory."""
+    values, y = torch.complex(*random_logits(2, ROWS, CLASSES)), random_labels(ROWS, classes=CLASSES)
+    z = values.conj().imag
+    assert z.is_neg()
+    got = fused_drsl_loss(z, y, torch.complex(*random_logits(2, ROWS)).conj().imag, backend=backend)
+    want = fused_drsl_loss(-values.imag, y, -torch.complex(*random_logits(2, ROWS)).imag, backend=backend)
+    torch.testing.assert_close(got, want)
+    leaf = values.requires_grad_()
+    grad = torch.autograd.grad(fused_drsl_loss(leaf.conj().imag, y, 0.5, backend=backend), leaf)[0]
+    torch.testing.assert_close(
+        -grad.imag, loss_and_gradient(-values.imag, y, 0.5, distance="uniform")[1], check_dtype=False
+    )
