@@ -242,7 +242,7 @@ Result compute(const Tensor& logits_in, const Tensor& y_in, const Tensor& weight
   task.ignore_index = config.ignore_index;
   task.tau = tau_in.defined() && !tau_per_row ? single_value(tau_in) : config.tau_value;
   TORCH_CHECK_VALUE(std::isfinite(task.tau), "tau is ", task.tau);
-  TORCH_CHECK_VALUE(!tau_per_row || at::isfinite(tau_rows).all().item<bool>(), "tau has a value that is not finite");
+  TORCH_CHECK_VALUE(!tau_per_row || at::isfinite(tau_in).all().item<bool>(), "tau has a value that is not finite");
   const bool penalised = task.distance != Distance::none && (tau_per_row || task.tau != 0);
   if (!penalised) task.tau = 0;
   if (!penalised && !wanted.stats && !wanted.tau_grad) task.distance = Distance::none;

@@ -10,7 +10,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from .backends import choose
-from .spec import BackendName, Distance, LossStats, Reduction, Truth, cached_loss_spec
+from .spec import DISTANCES, BackendName, Distance, LossStats, Reduction, Truth, cached_loss_spec, number
 
 __all__ = ["fused_drsl_loss", "softmax_loss"]
 
@@ -105,6 +105,8 @@ def fused_drsl_loss(
 
     Source: Wang et al., arXiv 2303.12363; ``conditional`` and ``kl`` are this project's own.
     """
+    if distance is None:  # what softmax_loss takes for "no penalty" is a mistake here
+        raise ValueError(f"distance must be one of {', '.join(map(repr, DISTANCES))}, got None")
     return softmax_loss(
         logits,
         y,
@@ -206,14 +208,18 @@ def softmax_loss(
 
     Args:
         truth: which T.
-        q: exponent of ``gce``, in (0, 1].
-        distance: which D, see `fused_drsl_loss`; None for none.
+        q: exponent of ``gce``, in (0, 1] (no less than 1e-30).
+        distance: which D, see `fused_drsl_loss`; None for none, and then tau is not used.
         margin: m, subtracted from the label's logit.
         scale: s > 0, multiplies the label's logit.
 
     The other arguments, the result and the errors are those of `fused_drsl_loss`. `label_smoothing` is defined
     for ``ce`` alone: with another truth it must be 0, else ValueError.
     """
+    if not isinstance(tau, Tensor):
+        tau = number("tau", tau)
+    if not isinstance(return_stats, bool):
+        raise TypeError(f"return_stats must be a bool, got {return_stats!r}")
     spec = cached_loss_spec(truth, q, distance, scale, margin, ignore_index, reduction, label_smoothing)
     loss, stats = choose(logits, backend)(logits, y, tau, weight, spec, return_stats)
     return loss if stats is None else (loss, stats)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .functional import fused_drsl_loss
-from .spec import BackendName, Distance, Reduction, check_backend_name, check_tau_value, loss_spec
+from .spec import BackendName, Distance, Reduction, check_backend_name, check_tau_value, check_weight_alone, loss_spec
 
 __all__ = ["DRSLLoss"]
 
@@ -41,6 +41,8 @@ class DRSLLoss(nn.Module):
         super().__init__()
         loss_spec("ce", 0.7, distance, 1.0, 0.0, ignore_index, reduction, label_smoothing)
         check_tau_value(tau)
+        if weight is not None:
+            check_weight_alone(weight)
         check_backend_name(backend)
         if isinstance(tau, nn.Parameter):
             self.register_parameter("tau", tau)

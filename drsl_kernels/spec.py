@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Real
 from typing import Any, Final, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
@@ -84,21 +85,26 @@ def loss_spec(
 
     Raises:
         ValueError: an unknown name, or a number outside its range.
-        TypeError: `ignore_index` is not an int.
+        TypeError: a number that is none, or `ignore_index` is not an int.
         RuntimeError: `label_smoothing` outside [0, 1] (the type that `F.cross_entropy` raises).
     """
     _check_name("truth", truth, TRUTHS)
     if distance is not None:
         _check_name("distance", distance, DISTANCES)
     _check_name("reduction", reduction, REDUCTIONS)
-    if not 0.0 < q <= 1.0:
-        raise ValueError(f"q must be in (0, 1], got {q!r}")
+    q, scale, margin = number("q", q), number("scale", scale), number("margin", margin)
+    label_smoothing = number("label_smoothing", label_smoothing)
+    # Below, q times a loss has no place in float32; q = 1e-30 is cross-entropy to the last digit.
+    if not 1e-30 <= q <= 1.0:
+        raise ValueError(f"q must be in [1e-30, 1], got {q!r}")
     if not (scale > 0.0 and math.isfinite(scale)):
         raise ValueError(f"scale must be positive and finite, got {scale!r}")
     if not math.isfinite(margin):
         raise ValueError(f"margin must be finite, got {margin!r}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit in 64 bits, got {ignore_index!r}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0, got {label_smoothing!r}")
     if label_smoothing > 0.0 and truth != "ce":
@@ -107,13 +113,13 @@ def loss_spec(
         )
     return LossSpec(
         truth,
-        float(q),
+        q,
         distance,
-        float(scale),
-        float(margin),
+        scale,
+        margin,
         ignore_index,
         reduction,
-        float(label_smoothing),
+        label_smoothing,
         truth_code=TRUTHS.index(truth),
         distance_code=0 if distance is None else 1 + DISTANCES.index(distance),
         reduction_code=REDUCTIONS.index(reduction),
@@ -139,8 +145,18 @@ def check_backend_name(name: object) -> None:
         _check_name("backend", name, BACKENDS)
 
 
+def number(argument: str, value: object) -> float:
+    """`value` as a float, if it is a real number (of Python or NumPy, not a bool)."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{argument} must be a number, got {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{argument} must fit in a float, got {value!r}") from None
+
+
 def _check_name(argument: str, value: object, names: tuple[str, ...]) -> None:
-    if value not in names:
+    if not isinstance(value, str) or value not in names:
         raise ValueError(f"{argument} must be one of {', '.join(map(repr, names))}, got {value!r}")
 
 
@@ -162,7 +178,7 @@ def check_tensors(logits: object, y: object, tau: object, weight: object, spec: 
         raise RuntimeError(f"y must be on the device of logits, {logits.device}, got {y.device}")
     classes = logits.shape[class_dim(logits)]
     if weight is not None:
-        _check_weight(_check_tensor("weight", weight), classes, logits.device)
+        _check_weight(weight, classes, logits.device)
     _check_tau(tau, y.shape, logits.device)
     if logits.device.type == "cpu":
         _check_labels(y, classes, spec.ignore_index)
@@ -176,6 +192,9 @@ def class_dim(logits: Tensor) -> int:
 def _check_tensor(argument: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument} must be a Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else value.layout
+        raise TypeError(f"{argument} must be a dense tensor, got a {kind} one")
     return value
 
 
@@ -196,11 +215,20 @@ def _check_target_shape(logits: Tensor, y: Tensor) -> None:
     raise (RuntimeError if got[:1] == want[:1] else ValueError)(message)
 
 
-def _check_weight(weight: Tensor, classes: int, device: torch.device) -> None:
-    if tuple(weight.shape) != (classes,):
-        raise RuntimeError(f"weight must have shape (C,) = ({classes},), got {tuple(weight.shape)}")
+def check_weight_alone(weight: object) -> None:
+    """What can be said about class weights without logits."""
+    weight = _check_tensor("weight", weight)
+    if weight.dim() != 1:
+        raise RuntimeError(f"weight must have shape (C,), got {tuple(weight.shape)}")
     if not weight.is_floating_point():
         raise RuntimeError(f"weight must be of a floating dtype, got {weight.dtype}")
+
+
+def _check_weight(weight: object, classes: int, device: torch.device) -> None:
+    check_weight_alone(weight)
+    assert isinstance(weight, Tensor)
+    if tuple(weight.shape) != (classes,):
+        raise RuntimeError(f"weight must have shape (C,) = ({classes},), got {tuple(weight.shape)}")
     if weight.device != device:
         raise RuntimeError(f"weight must be on the device of logits, {device}, got {weight.device}")
 
@@ -218,9 +246,7 @@ def _check_tau(tau: object, rows: torch.Size, device: torch.device) -> None:
 def check_tau_value(tau: object) -> None:
     """Raise unless tau is a finite number or a floating tensor of them (values are looked at on the CPU only)."""
     if not isinstance(tau, Tensor):
-        if isinstance(tau, bool) or not isinstance(tau, (int, float)):
-            raise TypeError(f"tau must be a float or a Tensor, got {type(tau).__name__}")
-        if not math.isfinite(tau):
+        if not math.isfinite(number("tau", tau)):
             raise ValueError(f"tau must be finite, got {tau!r}")
         return
     if not tau.is_floating_point():

@@ -33,10 +33,10 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "tau_matrix": ({"tau": torch.zeros(ROWS, 1)}, ValueError, r"tau must have shape .*, got \(4, 1\)"),
     "tau_integer_tensor": ({"tau": torch.tensor(1)}, TypeError, "tau must be of a floating dtype, got torch.int64"),
     "tau_complex": ({"tau": torch.tensor(1j)}, TypeError, "tau must be of a floating dtype, got torch.complex64"),
-    "tau_string": ({"tau": "0.5"}, TypeError, "tau must be a float or a Tensor, got str"),
-    "tau_none": ({"tau": None}, TypeError, "tau must be a float or a Tensor, got NoneType"),
-    "tau_list": ({"tau": [0.1] * ROWS}, TypeError, "tau must be a float or a Tensor, got list"),
-    "tau_complex_number": ({"tau": 1j}, TypeError, "tau must be a float or a Tensor, got complex"),
+    "tau_string": ({"tau": "0.5"}, TypeError, "tau must be a number, got '0.5'"),
+    "tau_none": ({"tau": None}, TypeError, "tau must be a number, got None"),
+    "tau_list": ({"tau": [0.1] * ROWS}, TypeError, r"tau must be a number, got \[0.1"),
+    "tau_complex_number": ({"tau": 1j}, TypeError, "tau must be a number, got 1j"),
     "tau_on_meta": ({"tau": torch.zeros(ROWS, device="meta")}, RuntimeError, "tau must be on .*cpu, got meta"),
     "distance": ({"distance": "manhattan"}, ValueError, "distance must be one of 'uniform', .*, got 'manhattan'"),
     "truth": ({"truth": "hinge"}, ValueError, "truth must be one of 'ce', 'gce', 'mae', 'log_odds', got 'hinge'"),
@@ -47,10 +47,10 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "backend": ({"backend": "numpy"}, ValueError, "backend must be .*one of 'cpp', .*, got 'numpy'"),
     "backend_triton": ({"backend": "triton"}, RuntimeError, "backend='triton' is not usable: .+"),
     "backend_cuda": ({"backend": "cuda"}, RuntimeError, "backend='cuda' is not usable: .+"),
-    "q_zero": ({"q": 0.0}, ValueError, r"q must be in \(0, 1\], got 0.0"),
-    "q_above_1": ({"q": 1.01}, ValueError, r"q must be in \(0, 1\], got 1.01"),
-    "q_negative": ({"q": -0.5}, ValueError, r"q must be in \(0, 1\], got -0.5"),
-    "q_nan": ({"q": NAN}, ValueError, r"q must be in \(0, 1\], got nan"),
+    "q_zero": ({"q": 0.0}, ValueError, r"q must be in \[1e-30, 1\], got 0.0"),
+    "q_above_1": ({"q": 1.01}, ValueError, r"q must be in \[1e-30, 1\], got 1.01"),
+    "q_negative": ({"q": -0.5}, ValueError, r"q must be in \[1e-30, 1\], got -0.5"),
+    "q_nan": ({"q": NAN}, ValueError, r"q must be in \[1e-30, 1\], got nan"),
     "scale_zero": ({"scale": 0.0}, ValueError, "scale must be positive and finite, got 0.0"),
     "scale_negative": ({"scale": -1.0}, ValueError, "scale must be positive and finite, got -1.0"),
     "scale_inf": ({"scale": INF}, ValueError, "scale must be positive and finite, got inf"),
@@ -166,11 +166,6 @@ def test_forced_cpp_needs_tensors_on_the_cpu() -> None:
     z, y = torch.empty(4, 5, device="meta"), torch.zeros(4, dtype=torch.long, device="meta")
     with pytest.raises(RuntimeError, match="backend='cpp' needs logits on the CPU, got meta"):
         fused_drsl_loss(z, y, 0.5, backend="cpp")
-
-
-def test_sparse_logits(backend: str) -> None:
-    with pytest.raises(RuntimeError):
-        fused_drsl_loss(torch.eye(4).to_sparse(), torch.arange(4), 0.5, backend=backend)
 
 
 def test_keyword_only_and_required_arguments() -> None:
