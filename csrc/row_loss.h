@@ -1,7 +1,7 @@
 // The mathematics of the family, once: row statistics, their merge, truth terms, distances, gradient
 // coefficients. Host and device, no torch, no intrinsics. T is float or double on a device, and may be a
 // vector of them on the CPU (csrc/cpu/simd.h), one row per lane; every function is free of branches on values.
-// Everything in csrc/ relies on this header; drsl_kernels/backends/triton.py will hold its twin.
+// Everything in csrc/ relies on this header.
 //
 // A row z with label y. R is the rest: every class k != y with z_k > -inf; n is its size.
 //

@@ -32,7 +32,6 @@ struct Task {
   const void* logits;
   const int64_t* labels;       // (rows,), each in [0, classes) or ignore_index: see scan_labels
   const void* class_weights;   // acc (classes,), may be null: all 1
-  double class_weights_sum;    // read with class_weights and smoothing > 0
   double tau;                  // used where tau_rows is null
   const void* tau_rows;        // acc (rows,), may be null
   double grad_scale;           // multiplies every row's gradient: 1 / denominator of the mean

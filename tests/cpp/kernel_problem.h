@@ -201,7 +201,6 @@ class Problem {
     task.grad_scale = random.uniform(0.01, 1);
     if (choice.class_weights) {
       task.class_weights = numbers(random, classes, 0, 2);
-      for (int64_t k = 0; k < classes; ++k) task.class_weights_sum += get(acc, task.class_weights, k);
     }
     if (choice.tau_rows) task.tau_rows = numbers(random, rows, -1, 2);
     if (choice.upstream_stride >= 0) {
