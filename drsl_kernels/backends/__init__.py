@@ -6,6 +6,7 @@ callable with the signature of `reference.softmax_loss`.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -113,4 +114,16 @@ def _inspect(name: str) -> BackendInfo:
 def _warn_fallback(device: str) -> None:
     """One warning per kind of device, since a silent fallback costs a user the speed that they came for."""
     why = _inspect("cpp").detail if device == "cpu" else f"no compiled backend for {device!r} tensors in this version"
-    warnings.warn(f"drsl_kernels runs on the slower pure-PyTorch reference: {why}", RuntimeWarning, stacklevel=4)
+    message = f"drsl_kernels runs on the slower pure-PyTorch reference: {why}"
+    warnings.warn(message, RuntimeWarning, stacklevel=_frames_to_user())
+
+
+def _frames_to_user() -> int:
+    """The stack level, seen from the caller, of the first frame outside of this package and of torch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        "drsl_kernels",
+        "torch",
+    ):
+        level, frame = level + 1, frame.f_back
+    return level
