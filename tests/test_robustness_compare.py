@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from drsl_kernels.robustness import commands, experiment, train
 from drsl_kernels.robustness.cli import main
 from drsl_kernels.robustness.commands import drsl
-from drsl_kernels.robustness.losses import LOSS_NAMES
+from drsl_kernels.robustness.losses import LOSS_NAMES, TrainingLoss
 from drsl_kernels.robustness.pictures import PICTURES
 
 
@@ -166,6 +166,31 @@ class TestCompare:
         after = json.loads((copy / "runs" / RUNS[0]).read_text())["result"]
         assert after["clean_accuracy"] == json.loads(whole)["result"]["clean_accuracy"]
 
+    @pytest.mark.parametrize(
+        "change",
+        [
+            None,
+            {},
+            {"robust_accuracy": []},
+            {"clean_accuracy": "x"},
+            {"seed": 1},
+            {"epochs": [None, None]},
+            {"second_largest_after": [0.1]},
+        ],
+    )
+    def test_malformed_results_are_not_trusted(self, copy: Path, change: Any) -> None:
+        path = copy / "runs" / RUNS[0]
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(content | {"result": content["result"] | change if change else change}))
+        assert experiment._load(path, content["identity"]) is None
+        path.write_text(json.dumps(content))
+        assert experiment._load(path, content["identity"]) is not None
+
+    def test_nearly_equal_taus_have_files_and_labels_of_their_own(self) -> None:
+        losses = [TrainingLoss("uniform", tau) for tau in (0.3, 0.30000001, 30.0)]
+        assert [str(loss) for loss in losses] == ["uniform tau=0.3", "uniform tau=0.30000001", "uniform tau=30"]
+        assert len({experiment.run_path(Path(), loss, 0) for loss in losses}) == 3
+
     def test_an_interrupted_comparison_keeps_what_is_finished(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -212,6 +237,7 @@ class TestCompare:
             (["--eps", "nan"], "'nan' is not from 0 to 1"),
             (["--eps", "8"], "'8' is not from 0 to 1"),
             (["--eps", "1/0"], "'1/0' is neither a number such as 0.1 nor a fraction such as 8/255"),
+            (["--eps", "0.1/"], "'0.1/' is neither a number"),
             (["--eps", "0.1,,"], "'' is neither a number"),
             (["--tau", "uniform"], "'uniform' must look like non_target_logits=0.3"),
             (["--tau", "uniform=nan"], "tau of uniform must be 0 or more and finite, got nan"),
@@ -220,15 +246,19 @@ class TestCompare:
             (["--tau", "hinge=1"], "unknown loss 'hinge'"),
             (["--tau", "ce=1"], "tau of ce must be 0"),
             (["--tau", "kl=1"], "'kl' is not among --losses"),
-            (["--seeds", "0"], "0 is not in the range x>=1"),
-            (["--seed", "-1"], "-1 is not in the range x>=0"),
+            (["--seeds", "0"], "0 is not in the range 1<=x<="),
+            (["--seed", "99999999999999999999"], "is not in the range 0<=x<="),
+            (["--seed", "18446744073709551615", "--seeds", "2"], "is not in the range 0<=x<="),
+            (["--seed", "-1"], "-1 is not in the range 0<=x<="),
             (["--epochs", "0"], "0 is not in the range x>=1"),
             (["--steps", "0"], "0 is not in the range x>=1"),
             (["--restarts", "0"], "0 is not in the range x>=1"),
             (["--samples", "0"], "0 is not in the range x>=1"),
-            (["--threads", "0"], "0 is not in the range x>=1"),
+            (["--threads", "0"], "0 is not in the range 1<=x<=1024"),
+            (["--threads", "100000000000"], "is not in the range 1<=x<=1024"),
             (["--held-out", "train"], "'train' is not one of 'test', 'validation'"),
             (["--device", "abacus"], "cannot use 'abacus' here"),
+            (["--device", "meta"], "cannot use 'meta' here"),
         ],
     )
     def test_bad_options(self, tmp_path: Path, options: list[str], message: str) -> None:
@@ -244,7 +274,33 @@ class TestCompare:
             result = drsl_compare("--out", str(folder))
             assert result.exit_code == 2
             assert "cannot write to" in " ".join(result.output.split())
+            assert ("it is a file, not a folder" in " ".join(result.output.split())) == (folder.name == "file")
         assert (tmp_path / "file").read_text() == "in the way"
+
+    @pytest.mark.parametrize(
+        ("name", "is_folder"),
+        [("runs", False), (f"runs/{RUNS[0]}", True), ("results.json", True), (PICTURES[0], True)],
+    )
+    def test_what_is_in_the_way_is_found_before_the_work(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, is_folder: bool
+    ) -> None:
+        monkeypatch.setattr(commands, "compare", None)  # no work may begin
+        monkeypatch.setenv("COLUMNS", "1000")
+        place = tmp_path / name
+        place.parent.mkdir(exist_ok=True)
+        place.mkdir() if is_folder else place.touch()
+        result = drsl_compare(*TINY, "--out", str(tmp_path))
+        assert result.exit_code == 2, result.output
+        assert str(place) in "".join(result.output.split("\n"))
+        assert ("it is a folder, not a file" if is_folder else "it is a file, not a folder") in result.output
+
+    def test_no_name_for_the_folder(self) -> None:
+        result = drsl_compare(*TINY, "--out", "")
+        assert result.exit_code == 2
+        assert "the name of the folder is empty" in result.output
+
+    def test_last_seed(self) -> None:
+        torch.Generator().manual_seed(commands._LARGEST_SEED + commands._MOST_SEEDS - 1)
 
 
 class TestCommand:

@@ -11,12 +11,15 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from numbers import Integral
 from typing import Final, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
 from drsl_kernels import softmax_loss
+from drsl_kernels.spec import number
 
 __all__ = ["ATTACK_LOSSES", "AttackLoss", "AttackLossName", "Model", "Norm", "evaluation_mode", "pgd"]
 
@@ -89,14 +92,20 @@ def pgd(
     Raises:
         ValueError: a number outside its range, x outside `bounds`, an unknown loss or norm, shapes that do
             not fit, or restarts > 1 without a random start (they would all be the same).
-        TypeError: x or y of a wrong dtype.
+        TypeError: an argument of a wrong type or dtype, or a model or loss that returns no tensor.
+        IndexError: a label in y that is not below C.
+        RuntimeError: the gradient of the loss does not reach x.
         FloatingPointError: the model's logits, or the gradient of the loss, are not finite.
 
     Source: Madry et al., arXiv 1706.06083.
     """
     objective = _objective(loss)
+    eps, alpha = number("eps", eps), number("alpha", alpha)
+    steps, restarts = _integer("steps", steps), _integer("restarts", restarts)
+    bounds = _pair("bounds", bounds)
     _check_numbers(eps, alpha, steps, norm, restarts, random_start, bounds)
     _check_samples(x, y, bounds)
+    logits_of = partial(_logits, model, largest_label=int(y.max()) if y.numel() else 0)
     # Leaving inference mode and copying makes tensors that autograd can record, wherever the caller is.
     with evaluation_mode(model), torch.inference_mode(False), torch.enable_grad():
         x, y = x.detach().clone(), y.clone()
@@ -105,11 +114,11 @@ def pgd(
             start = _random_point(x, eps, norm, generator) if random_start else x
             point = _project(start, x, eps, norm, bounds)
             for _ in range(steps):
-                losses, correct, gradient = _look_with_gradient(model, objective, point, y)
+                losses, correct, gradient = _look_with_gradient(logits_of, objective, point, y)
                 best = best.or_better(point, losses, correct)
                 point = _project(point + alpha * _ascent_direction(gradient, norm), x, eps, norm, bounds)
             with torch.no_grad():
-                losses, correct = objective(_logits(model, point), y)
+                losses, correct = objective(logits_of(point), y)
             best = best.or_better(point, losses, correct)
     if not torch.isfinite(best.points).all() or best.losses.isnan().any():
         raise FloatingPointError(
@@ -159,20 +168,31 @@ class _Best:
         )
 
 
-def _look_with_gradient(model: Model, objective: _Objective, point: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _look_with_gradient(
+    logits_of: Model, objective: _Objective, point: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     point = point.detach().requires_grad_()
-    losses, correct = objective(_logits(model, point), y)
-    # With respect to the input alone: the parameters accumulate nothing.
-    (gradient,) = torch.autograd.grad(losses.sum(), point)
+    losses, correct = objective(logits_of(point), y)
+    gradient = None
+    if losses.requires_grad:
+        # With respect to the input alone: the parameters accumulate nothing.
+        (gradient,) = torch.autograd.grad(losses.sum(), point, allow_unused=True)
+    if gradient is None:
+        raise RuntimeError(
+            "the gradient of the loss does not reach x: model and loss must be differentiable, "
+            "without detach() or no_grad() between x and the losses"
+        )
     return losses, correct, gradient
 
 
-def _logits(model: Model, points: Tensor) -> Tensor:
-    logits = model(points)
+def _logits(model: Model, points: Tensor, *, largest_label: int) -> Tensor:
+    logits = _tensor("model must return", model(points))
     if logits.dim() != 2 or logits.shape[0] != points.shape[0] or logits.shape[1] < 2:
         raise ValueError(
             f"model must return logits of shape (N, C) = ({points.shape[0]}, 2 or more), got {tuple(logits.shape)}"
         )
+    if largest_label >= logits.shape[1]:
+        raise IndexError(f"y holds label {largest_label}, outside [0, C) = [0, {logits.shape[1]})")
     return logits
 
 
@@ -207,7 +227,7 @@ def _margin(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def _from_callable(loss: Callable[[Tensor, Tensor], Tensor]) -> _Objective:
     def objective(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        losses = loss(logits, y)
+        losses = _tensor("loss must return", loss(logits, y))
         if losses.shape != y.shape:
             raise ValueError(
                 f"loss must return one value per sample, shape (N,) = {tuple(y.shape)}, got {tuple(losses.shape)}"
@@ -265,6 +285,26 @@ def _per_sample(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.dim() - 1))
 
 
+def _integer(argument: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{argument} must be an int, got {value!r}")
+    return int(value)
+
+
+def _pair(argument: str, values: tuple[float, float]) -> tuple[float, float]:
+    try:
+        first, second = values
+    except (TypeError, ValueError):
+        raise TypeError(f"{argument} must be two numbers, (smallest, largest), got {values!r}") from None
+    return number(f"{argument}[0]", first), number(f"{argument}[1]", second)
+
+
+def _tensor(what: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{what} a Tensor, got {type(value).__name__}")
+    return value
+
+
 def _check_numbers(
     eps: float,
     alpha: float,
@@ -291,6 +331,7 @@ def _check_numbers(
 
 
 def _check_samples(x: Tensor, y: Tensor, bounds: tuple[float, float]) -> None:
+    x, y = _tensor("x must be", x), _tensor("y must be", y)
     if not x.is_floating_point():
         raise TypeError(f"x must be of a floating dtype, got {x.dtype}")
     if x.dim() < 2:

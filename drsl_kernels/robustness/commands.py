@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, cast
@@ -16,16 +16,22 @@ from drsl_kernels import __version__
 
 from .attacks import ATTACK_LOSSES, AttackLossName
 from .data import PARTS, Part
-from .experiment import Settings, compare
+from .experiment import Settings, compare, run_path
 from .losses import BASELINE, DEFAULT_TAUS, LOSS_NAMES, TrainingLoss
-from .options import Names, Radii, Tau
+from .options import Folder, Names, Radii, Tau
 from .pictures import PICTURES, draw_pictures
-from .report import explanation, results_tables, write_results
+from .report import RESULTS, explanation, results_tables, write_results
 from .train import Recipe
 
 __all__ = ["drsl"]
 
 _DEFAULTS: Final = Settings()
+
+# Bounds that keep numbers where torch takes them: seeds in 64 bits, threads within what a machine can start.
+_MOST_SEEDS: Final = 10_000
+_LARGEST_SEED: Final = 2**63 - _MOST_SEEDS
+_MOST_THREADS: Final = 1024
+
 _DEFAULT_TAUS: Final = "; ".join(
     f"{name}={','.join(f'{tau:g}' for tau in taus)}" for name, taus in DEFAULT_TAUS.items() if any(taus)
 )
@@ -60,14 +66,14 @@ def drsl() -> None:
 )
 @click.option(
     "--seeds",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=1, max=_MOST_SEEDS),
     default=3,
     show_default=True,
     help="Models to train per loss.",
 )
 @click.option(
     "--seed",
-    type=click.IntRange(min=0),
+    type=click.IntRange(min=0, max=_LARGEST_SEED),
     default=0,
     show_default=True,
     help="First seed; the others follow. The same seed gives the same numbers on the same machine, except for times.",
@@ -122,7 +128,7 @@ def drsl() -> None:
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=Folder(),
     default=Path("drsl-results"),
     show_default=True,
     help="Folder for the results. Finished runs found in it are used again if made with the same options.",
@@ -130,7 +136,7 @@ def drsl() -> None:
 @click.option("--fresh", is_flag=True, help="Train and attack again even where a finished run is found.")
 @click.option(
     "--threads",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=1, max=_MOST_THREADS),
     default=_DEFAULTS.threads,
     show_default=True,
     help="CPU threads. The network is so small that more of them gain little; they change the last digits.",
@@ -176,7 +182,9 @@ def compare_command(
     """
     contestants = _contestants(losses, taus)
     _check_device(options["device"])
-    _prepare_folder(out)
+    all_seeds = range(seed, seed + seeds)
+    runs = [run_path(out, loss, seed) for loss in contestants for seed in all_seeds]
+    _prepare_folder(out, [*runs, *(out / name for name in (*RESULTS, *PICTURES))])
     settings = Settings(
         recipe=Recipe(epochs=epochs),
         epsilons=options["eps"],
@@ -191,7 +199,7 @@ def compare_command(
     console = Console()
     with _reproducible(settings.threads), _ProgressBars(console, len(contestants) * seeds) as bars:
         try:
-            comparison = compare(settings, contestants, range(seed, seed + seeds), out, bars, fresh=fresh)
+            comparison = compare(settings, contestants, all_seeds, out, bars, fresh=fresh)
         except FloatingPointError as error:
             raise click.ClickException(str(error)) from error
     write_results(comparison, out)
@@ -202,7 +210,7 @@ def compare_command(
         console.print(table)
     for what, meaning in explanation(comparison).items():
         console.print(f"{what}: {meaning}", highlight=False)
-    console.print(f"Written to {out}: results.json, results.csv, {', '.join(PICTURES)}", soft_wrap=True)
+    console.print(f"Written to {out}: {', '.join(RESULTS)}, {', '.join(PICTURES)}", soft_wrap=True)
 
 
 def _contestants(names: tuple[str, ...], taus: tuple[tuple[TrainingLoss, ...], ...]) -> list[TrainingLoss]:
@@ -218,21 +226,26 @@ def _contestants(names: tuple[str, ...], taus: tuple[tuple[TrainingLoss, ...], .
 
 def _check_device(device: str) -> None:
     try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0]
         raise click.BadParameter(f"cannot use {device!r} here: {reason}", param_hint="--device") from error
 
 
-def _prepare_folder(folder: Path) -> None:
+def _prepare_folder(folder: Path, files: Sequence[Path]) -> None:
     """Find out before the work, not after it, that results cannot be written."""
-    probe = folder / ".writable"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise click.BadParameter(f"cannot write to {folder}: {error.strerror}", param_hint="--out") from error
+    for place in dict.fromkeys([folder, *(file.parent for file in files)]):
+        probe = place / ".writable"
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            reason = "it is a file, not a folder" if place.is_file() else error.strerror
+            raise click.BadParameter(f"cannot write to {place}: {reason}", param_hint="--out") from error
+    for file in files:
+        if file.exists() and not file.is_file():
+            raise click.BadParameter(f"cannot write {file}: it is a folder, not a file", param_hint="--out")
 
 
 @contextmanager

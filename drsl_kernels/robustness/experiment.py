@@ -22,13 +22,13 @@ from drsl_kernels import info
 from .attacks import ATTACK_LOSSES, AttackLossName
 from .data import Part, Split, digits
 from .evaluate import Attack, second_largest_softmax, worst_case
-from .losses import TrainingLoss
+from .losses import BASELINE, TrainingLoss
 from .models import small_cnn
 from .storage import read_json, write_json
 from .timing import EpochTime, time_epochs
 from .train import EpochLog, Recipe, train
 
-__all__ = ["Comparison", "Progress", "RunResult", "Settings", "compare", "environment"]
+__all__ = ["Comparison", "Progress", "RunResult", "Settings", "compare", "environment", "run_path"]
 
 # Part of every run's identity. Raise it when a change to training, attacks or data changes the numbers.
 _REVISION: Final = 1
@@ -159,7 +159,7 @@ def compare(
     reused = 0
     for loss in losses:
         for seed in seeds:
-            path = folder / "runs" / f"{loss.name}-tau{loss.tau:g}-seed{seed}.json"
+            path = run_path(folder, loss, seed)
             identity = _identity(settings, loss, seed)
             run = None if fresh else _load(path, identity)
             progress.begin_run(f"{loss}, seed {seed}", _steps(settings))
@@ -173,6 +173,11 @@ def compare(
     progress.begin_timing()
     times = time_epochs(losses, partial(small_cnn, seed=seeds[0]), split.train_x, split.train_y, settings.recipe)
     return Comparison(settings, tuple(losses), tuple(seeds), tuple(runs), times, reused)
+
+
+def run_path(folder: Path, loss: TrainingLoss, seed: int) -> Path:
+    """The file that keeps a finished run."""
+    return folder / "runs" / f"{loss.name}-tau{loss.tau_text()}-seed{seed}.json"
 
 
 def environment() -> dict[str, str]:
@@ -246,7 +251,14 @@ def _load(path: Path, identity: dict[str, Any]) -> RunResult | None:
         return None
     if content["identity"] != identity:
         return None
-    result = content["result"]
+    try:
+        run = _as_run(content["result"])
+    except (KeyError, TypeError, ValueError):  # not what asdict(RunResult) gives
+        return None
+    return run if _is_sound(run, identity) else None
+
+
+def _as_run(result: Any) -> RunResult:
     return RunResult(
         loss=TrainingLoss(**result["loss"]),
         seed=result["seed"],
@@ -256,4 +268,26 @@ def _load(path: Path, identity: dict[str, Any]) -> RunResult | None:
         epochs=tuple(EpochLog(**log) for log in result["epochs"]),
         second_largest_before=tuple(result["second_largest_before"]),
         second_largest_after=tuple(result["second_largest_after"]),
+    )
+
+
+def _is_sound(run: RunResult, identity: dict[str, Any]) -> bool:
+    """Whether a run from a file has the values, and as many of each, that its identity promises."""
+    settings = identity["settings"]
+    softmax = (run.second_largest_before, run.second_largest_after)
+    fractions = (run.clean_accuracy, *run.robust_accuracy, *softmax[0], *softmax[1])
+    logged = [
+        value
+        for log in run.epochs
+        for value in (log.loss, log.cross_entropy, log.accuracy, log.seconds, log.distance)
+        if value is not None or run.loss.name != BASELINE
+    ]
+    return (
+        (asdict(run.loss), run.seed) == (identity["loss"], identity["seed"])
+        and type(run.images) is int
+        and all(len(values) == run.images for values in softmax)
+        and len(run.robust_accuracy) == len(settings["epsilons"])
+        and [log.epoch for log in run.epochs] == list(range(1, settings["recipe"]["epochs"] + 1))
+        and all(type(value) is float for value in (*fractions, *logged))
+        and all(0 <= value <= 1 for value in fractions)
     )

@@ -74,8 +74,13 @@ class TrainingLoss:
         if self.name == BASELINE and self.tau != 0:
             raise ValueError(f"tau of {BASELINE} must be 0: cross-entropy has no penalty; got {self.tau!r}")
 
+    def tau_text(self) -> str:
+        """tau as short as it can be written without becoming another number."""
+        short = f"{self.tau:g}"
+        return short if float(short) == self.tau else repr(self.tau)
+
     def __str__(self) -> str:
-        return self.name if self.name == BASELINE else f"{self.name} tau={self.tau:g}"
+        return self.name if self.name == BASELINE else f"{self.name} tau={self.tau_text()}"
 
     def __call__(self, logits: Tensor, y: Tensor) -> BatchResult:
         """logits (N, C), y (N,) -> the mean loss and the sums of the log."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import click
 
 from .losses import TrainingLoss
 
-__all__ = ["Names", "Radii", "Tau"]
+__all__ = ["Folder", "Names", "Radii", "Tau"]
 
 # A click that knows the type of a parameter's value is newer than the oldest that is supported.
 if TYPE_CHECKING:
@@ -18,6 +19,18 @@ else:
 
 _Parameter: TypeAlias = click.Parameter | None
 _Context: TypeAlias = click.Context | None
+
+
+class Folder(click.Path):
+    """The path of a folder; an empty one, which would mean the current folder, is an error."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: _Parameter, ctx: _Context) -> Any:
+        if value == "":
+            self.fail("the name of the folder is empty; . is the current one", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 class Names(_ParamType):
@@ -50,9 +63,9 @@ class Radii(_ParamType):
         return tuple(self._radius(text.strip(), param, ctx) for text in value.split(","))
 
     def _radius(self, text: str, param: _Parameter, ctx: _Context) -> float:
-        numerator, _, denominator = text.partition("/")
+        numerator, slash, denominator = text.partition("/")
         try:
-            radius = float(numerator) / float(denominator or 1)
+            radius = float(numerator) / float(denominator if slash else 1)
         except (ValueError, ZeroDivisionError):
             self.fail(f"{text!r} is neither a number such as 0.1 nor a fraction such as 8/255", param, ctx)
         if not 0 <= radius <= 1:

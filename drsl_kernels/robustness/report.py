@@ -19,7 +19,9 @@ from .losses import TrainingLoss
 from .storage import write_atomically, write_json
 from .timing import ROUNDS
 
-__all__ = ["MeanStd", "explanation", "results_tables", "write_results"]
+__all__ = ["RESULTS", "MeanStd", "explanation", "results_tables", "write_results"]
+
+RESULTS: Final = ("results.json", "results.csv")
 
 # Losses side by side in a terminal of 80 columns.
 _COLUMNS: Final = 4
@@ -73,8 +75,9 @@ def results_tables(comparison: Comparison) -> list[Table]:
 
 def write_results(comparison: Comparison, folder: Path) -> None:
     """Write results.json (all but the softmax values) and results.csv (one line per loss, seed and eps)."""
-    write_json(folder / "results.json", _as_json(comparison))
-    write_atomically(folder / "results.csv", lambda path: _write_csv(comparison, path))
+    as_json, as_csv = (folder / name for name in RESULTS)
+    write_json(as_json, _as_json(comparison))
+    write_atomically(as_csv, lambda path: _write_csv(comparison, path))
 
 
 def _table(comparison: Comparison, losses: Sequence[TrainingLoss]) -> Table:
