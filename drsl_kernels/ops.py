@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.library import Library
 
 from . import reference
 from .spec import DISTANCES, REDUCTIONS, TRUTHS, loss_spec
 
-_library: Any = torch.library.Library("drsl_kernels", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library: Any = Library("drsl_kernels", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(
     "reference_loss(Tensor logits, Tensor y, Tensor? weight, Tensor? tau, float tau_value, int truth, float q, "
     "int distance, float scale, float margin, int ignore_index, int reduction, float label_smoothing) -> Tensor"
