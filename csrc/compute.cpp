@@ -1,7 +1,13 @@
-// From tensors to a Task for the CPU kernels, over the threads, and back. Relies on compute.h.
+// From tensors to a Task for the kernels of their device, and back. Relies on compute.h.
 #include "compute.h"
 
+#include "cpu/kernels.h"
+#ifdef DRSL_WITH_CUDA
+#include "cuda/launch.h"
+#endif
+
 #include <ATen/Parallel.h>
+#include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
 #include <cmath>
@@ -9,6 +15,11 @@
 #include <limits>
 #include <optional>
 #include <vector>
+
+#if defined(DRSL_WITH_CUDA) && !defined(DRSL_CUDA_ON_HOST)
+// torch's C interface (torch/csrc/inductor/aoti_torch/c/shim.h), which that header shows only where USE_CUDA is defined.
+extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#endif
 
 namespace drsl {
 namespace {
@@ -39,14 +50,15 @@ at::ScalarType accumulator_type(const Tensor& logits) {
   return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-void check_plain_cpu(const Tensor& t, const char* name) {
-  TORCH_CHECK(t.device().is_cpu() && t.layout() == at::kStrided && !t.key_set().has(c10::DispatchKey::Python), name,
-              " must be a dense tensor on the CPU, got ", t.toString(), " on ", t.device());
+void check_plain(const Tensor& t, at::Device device, const char* name) {
+  TORCH_CHECK(t.device() == device && t.layout() == at::kStrided && !t.key_set().has(c10::DispatchKey::Python), name,
+              " must be a dense tensor on ", device, ", got ", t.toString(), " on ", t.device());
 }
 
 void check_shapes(const Tensor& logits, const Tensor& y, const Tensor& weight, const Tensor& tau) {
-  check_plain_cpu(logits, "logits");
-  check_plain_cpu(y, "y");
+  const at::Device device = logits.device();
+  check_plain(logits, device, "logits");
+  check_plain(y, device, "y");
   TORCH_CHECK_NOT_IMPLEMENTED(kernel_dtype(logits.scalar_type()), "logits have dtype ", logits.scalar_type());
   TORCH_CHECK(y.scalar_type() == at::kLong || y.scalar_type() == at::kByte, "y has dtype ", y.scalar_type());
   TORCH_CHECK(logits.dim() >= 1, "logits have no class dimension");
@@ -58,12 +70,12 @@ void check_shapes(const Tensor& logits, const Tensor& y, const Tensor& weight, c
     TORCH_CHECK(same, "y has shape ", y.sizes(), ", logits ", logits.sizes());
   }
   if (weight.defined()) {
-    check_plain_cpu(weight, "weight");
+    check_plain(weight, device, "weight");
     TORCH_CHECK(weight.dim() == 1 && weight.numel() == logits.size(class_dim(logits)) && weight.is_floating_point(),
                 "weight has shape ", weight.sizes());
   }
   if (tau.defined()) {
-    check_plain_cpu(tau, "tau");
+    check_plain(tau, tau.dim() == 0 && tau.is_cpu() ? tau.device() : device, "tau");
     TORCH_CHECK(tau.dim() == 0 || tau.sizes() == y.sizes(), "tau has shape ", tau.sizes());
     TORCH_CHECK(tau.is_floating_point(), "tau has dtype ", tau.scalar_type());
   }
@@ -132,6 +144,7 @@ class Scratch {
 };
 
 constexpr int64_t kScratchKept = int64_t(4) << 20;
+constexpr size_t kMaxDeviceDims = 4;  // of rows, in a gradient that is laid out as the logits are
 constexpr int64_t kGrainElements = 32768;  // less work than this per thread costs more than it saves
 
 // Sum of the rows' losses. Chunks have a size of their own, and their sums are added in order, so the result
@@ -174,7 +187,137 @@ Tensor to_accumulator(const Tensor& t, at::ScalarType type) {
   return t.defined() ? in_memory(t).to(type).contiguous() : t;
 }
 
+// Where the rows and everything that is read or written lie, but for what depends on the device.
+struct Inputs {
+  Tensor logits, y, weight, tau, upstream;
+  at::ScalarType acc;
+  bool penalised;
+};
+
+Task make_task(const Inputs& in, const Config& config, const Wanted& wanted, const Result& result,
+               const Layout& layout) {
+  Task task{};
+  task.dtype = *kernel_dtype(in.logits.scalar_type());
+  task.truth = config.truth;
+  task.distance = config.distance;
+  if (!in.penalised && !wanted.stats && !wanted.tau_grad) task.distance = Distance::none;
+  if (wanted.stats && task.distance == Distance::none) task.distance = Distance::uniform;
+  task.q = config.q;
+  task.scale = config.scale;
+  task.margin = config.margin;
+  task.smoothing = config.label_smoothing;
+  task.rows = in.y.numel();
+  task.classes = in.logits.size(class_dim(in.logits));
+  task.ignore_index = config.ignore_index;
+  task.layout = layout.view();
+
+  const auto read = [](const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; };
+  const auto data = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; };
+  const auto step = [](const Tensor& t) { return t.defined() && t.dim() > 0 && t.numel() > 1 ? 1 : 0; };
+  task.logits = in.logits.const_data_ptr();
+  task.labels = in.y.const_data_ptr<int64_t>();
+  task.class_weights = read(in.weight);
+  task.tau = in.penalised ? config.tau_value : 0;
+  task.tau_rows = in.penalised ? read(in.tau) : nullptr;
+  task.tau_stride = step(in.tau);
+  task.upstream = read(in.upstream);
+  task.upstream_stride = step(in.upstream);
+  task.grad_scale = result.grad_scale;
+  task.grad = data(result.grad);
+  const bool per_row = config.reduction == Reduction::none && wanted.loss;
+  task.loss = per_row ? data(result.loss) : nullptr;
+  task.tau_grad = config.distance == Distance::none ? nullptr : data(result.tau_grad);
+  if (wanted.stats) {
+    char* const stats = static_cast<char*>(data(result.stats));
+    const int64_t bytes = task.rows * static_cast<int64_t>(result.stats.element_size());
+    task.cross_entropy = stats;
+    task.distance_out = stats + bytes;
+    task.margin_out = stats + 2 * bytes;
+  }
+  return task;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// On the CPU
+
+// What the mean divides by; 1 for the other reductions.
+double scan_labels(const Kernels& cpu, const Inputs& in, const Config& config, Result& result) {
+  const int64_t classes = in.logits.size(class_dim(in.logits));
+  const LabelScan scan = cpu.scan_labels(in.y.const_data_ptr<int64_t>(), in.y.numel(), classes, config.ignore_index);
+  TORCH_CHECK_INDEX(!scan.out_of_range, "y holds a label outside [0, ", classes, ")");
+  if (config.reduction != Reduction::mean) return 1;
+  double denominator = static_cast<double>(scan.counted);
+  if (in.weight.defined()) {
+    denominator = in.acc == at::kDouble ? weight_of_labels<double>(in.weight, in.y, config.ignore_index)
+                                        : weight_of_labels<float>(in.weight, in.y, config.ignore_index);
+  }
+  // The mean over no row at all is NaN, but nothing depends on it.
+  result.grad_scale = scan.counted == 0 ? 0 : 1 / denominator;
+  return denominator;
+}
+
+void run_on_cpu(const Kernels& cpu, const Task& task, const Config& config, double denominator, const Result& result) {
+  const double sum = run_rows(cpu, task);
+  if (!result.loss.defined() || config.reduction == Reduction::none) return;
+  const double loss = sum / denominator;
+  if (result.loss.scalar_type() == at::kDouble) *result.loss.mutable_data_ptr<double>() = loss;
+  else *result.loss.mutable_data_ptr<float>() = static_cast<float>(loss);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// On a device
+
+#ifdef DRSL_WITH_CUDA
+
+void* current_stream(at::Device device) {
+#ifdef DRSL_CUDA_ON_HOST
+  return nullptr;
+#else
+  void* stream = nullptr;
+  TORCH_CHECK(aoti_torch_get_current_cuda_stream(device.index(), &stream) == 0, "no current stream of ", device);
+  return stream;
+#endif
+}
+
+void run_on_device(const Task& task, const at::TensorOptions& options, const Config& config, const Wanted& wanted,
+                   const Later& later, Result& result) {
+  const c10::DeviceGuard guard(options.device());
+  const auto data = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; };
+  cuda::DeviceTask work{};
+  work.task = task;
+  work.reduced_loss = config.reduction == Reduction::none ? nullptr : data(result.loss);
+  work.mean = config.reduction == Reduction::mean;
+  work.denominator_known = later.denominator.defined();
+  if (work.mean) {
+    result.denominator = work.denominator_known ? later.denominator : at::empty({}, options.dtype(at::kDouble));
+    work.denominator = result.denominator.mutable_data_ptr<double>();
+  }
+  work.skip_unit_upstream = later.grad.defined() && task.upstream_stride == 0;
+  work.stats_known = later.saved.defined();
+  if (work.stats_known) result.saved = later.saved;
+  else if (wanted.saved && cuda::saves_stats(task)) {
+    result.saved = at::empty({task.rows, cuda::kSavedStats}, options);
+  }
+  work.stats = data(result.saved);
+  const Tensor scratch = at::empty({cuda::scratch_bytes(work)}, options.dtype(at::kByte));
+  work.scratch = scratch.mutable_data_ptr();
+  const char* const error = cuda::run(work, current_stream(options.device()));
+  TORCH_CHECK(!error, "CUDA error: ", error);
+}
+
+#endif
+
 }  // namespace
+
+bool on_device([[maybe_unused]] const Tensor& t) {
+#if defined(DRSL_CUDA_ON_HOST)
+  return true;
+#elif defined(DRSL_WITH_CUDA)
+  return t.is_cuda();
+#else
+  return false;
+#endif
+}
 
 double single_value(const Tensor& t) {
   if (!t.is_neg() && t.scalar_type() == at::kFloat) return *t.const_data_ptr<float>();
@@ -183,92 +326,51 @@ double single_value(const Tensor& t) {
 }
 
 Result compute(const Tensor& logits_in, const Tensor& y_in, const Tensor& weight_in, const Tensor& tau_in,
-               const Config& config, const Wanted& wanted, const Tensor& upstream_in) {
+               const Config& config_in, const Wanted& wanted, const Later& later) {
   check_shapes(logits_in, y_in, weight_in, tau_in);
-  const Tensor logits = in_memory(logits_in);
-  const Kernels& cpu = kernels();
-  const at::ScalarType type = accumulator_type(logits);
-  const auto options = logits.options().dtype(type);
-  const Tensor y = in_memory(y_in).to(at::kLong).contiguous();
-  const Tensor weight = to_accumulator(weight_in, type);
-  const bool tau_per_row = tau_in.defined() && tau_in.dim() > 0;
-  const Tensor tau_rows = tau_per_row ? to_accumulator(tau_in, type) : Tensor();
-  const Tensor upstream = to_accumulator(upstream_in, type);
-
-  Task task{};
-  task.dtype = *kernel_dtype(logits.scalar_type());
-  task.truth = config.truth;
-  task.distance = config.distance;
-  task.q = config.q;
-  task.scale = config.scale;
-  task.margin = config.margin;
-  task.smoothing = config.label_smoothing;
-  task.rows = y.numel();
-  task.classes = logits.size(class_dim(logits));
-  task.ignore_index = config.ignore_index;
-  task.tau = tau_in.defined() && !tau_per_row ? single_value(tau_in) : config.tau_value;
-  TORCH_CHECK_VALUE(std::isfinite(task.tau), "tau is ", task.tau);
-  TORCH_CHECK_VALUE(!tau_per_row || at::isfinite(tau_in).all().item<bool>(), "tau has a value that is not finite");
-  const bool penalised = task.distance != Distance::none && (tau_per_row || task.tau != 0);
-  if (!penalised) task.tau = 0;
-  if (!penalised && !wanted.stats && !wanted.tau_grad) task.distance = Distance::none;
-  if (wanted.stats && task.distance == Distance::none) task.distance = Distance::uniform;
-
-  const int64_t* labels = y.const_data_ptr<int64_t>();
-  const LabelScan scan = cpu.scan_labels(labels, task.rows, task.classes, config.ignore_index);
-  TORCH_CHECK_INDEX(!scan.out_of_range, "y holds a label outside [0, ", task.classes, ")");
-  TORCH_CHECK(task.classes <= std::numeric_limits<int32_t>::max(), "more than 2^31 - 1 classes");
+  Config config = config_in;
+  Inputs in;
+  in.logits = in_memory(logits_in);
+  in.acc = accumulator_type(in.logits);
+  in.y = in_memory(y_in).to(at::kLong).contiguous();
+  in.weight = to_accumulator(weight_in, in.acc);
+  in.upstream = to_accumulator(later.upstream, in.acc);
+  // One value that the host holds is passed as such, one on a device stays there.
+  const bool tau_on_host = tau_in.defined() && tau_in.dim() == 0 && tau_in.is_cpu();
+  if (tau_on_host) config.tau_value = single_value(tau_in);
+  else in.tau = to_accumulator(tau_in, in.acc);
+  const bool device = on_device(in.logits);
+  TORCH_CHECK_VALUE(std::isfinite(config.tau_value), "tau is ", config.tau_value);
+  TORCH_CHECK_VALUE(!in.tau.defined() || !in.tau.is_cpu() || at::isfinite(tau_in).all().item<bool>(),
+                    "tau has a value that is not finite");
+  in.penalised = config.distance != Distance::none && (in.tau.defined() || config.tau_value != 0);
+  TORCH_CHECK(in.logits.size(class_dim(in.logits)) <= std::numeric_limits<int32_t>::max(),
+              "more than 2^31 - 1 classes");
 
   Result result;
-  double denominator = 1;
-  if (config.reduction == Reduction::mean) {
-    denominator = static_cast<double>(scan.counted);
-    if (weight.defined()) {
-      denominator = type == at::kDouble ? weight_of_labels<double>(weight, y, config.ignore_index)
-                                        : weight_of_labels<float>(weight, y, config.ignore_index);
-    }
-    // The mean over no row at all is NaN, but nothing depends on it.
-    result.grad_scale = scan.counted == 0 ? 0 : 1 / denominator;
+  const auto options = in.logits.options().dtype(in.acc);
+  const double denominator = device ? 1 : scan_labels(kernels(), in, config, result);
+  if (device && Layout(in.logits, Tensor()).sizes.size() > kMaxDeviceDims) in.logits = in.logits.contiguous();
+  if (wanted.grad) result.grad = later.grad.defined() ? later.grad : at::empty_like(in.logits);
+  if (wanted.tau_grad) result.tau_grad = at::zeros({in.y.numel()}, options);
+  if (wanted.loss) {
+    // An unbatched row may come with a target of shape (1,): the loss is a scalar all the same.
+    const bool scalar = config.reduction != Reduction::none || in.logits.dim() == 1;
+    result.loss = at::empty(scalar ? at::IntArrayRef{} : y_in.sizes(), options);
   }
-  if (wanted.grad) result.grad = at::empty_like(logits);
-  if (wanted.tau_grad) result.tau_grad = at::zeros({task.rows}, options);
-  const bool per_row = config.reduction == Reduction::none;
-  // An unbatched row may come with a target of shape (1,): the loss is a scalar all the same.
-  result.loss =
-      per_row ? at::empty(logits.dim() == 1 ? at::IntArrayRef{} : y.sizes(), options) : at::empty({}, options);
   if (wanted.stats) {
     std::vector<int64_t> shape{3};
-    if (logits.dim() > 1) shape.insert(shape.end(), y_in.sizes().begin(), y_in.sizes().end());
+    if (in.logits.dim() > 1) shape.insert(shape.end(), y_in.sizes().begin(), y_in.sizes().end());
     result.stats = at::empty(shape, options);
   }
 
-  const Layout layout(logits, result.grad);
-  const auto data = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; };
-  const auto read = [](const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; };
-  task.layout = layout.view();
-  task.logits = logits.const_data_ptr();
-  task.labels = labels;
-  task.class_weights = read(weight);
-  task.tau_rows = penalised ? read(tau_rows) : nullptr;
-  task.grad_scale = result.grad_scale;
-  task.upstream = read(upstream);
-  task.upstream_stride = upstream.defined() && upstream.dim() > 0 && upstream.numel() > 1 ? 1 : 0;
-  task.grad = data(result.grad);
-  task.loss = per_row ? data(result.loss) : nullptr;
-  task.tau_grad = config.distance == Distance::none ? nullptr : data(result.tau_grad);
-  if (wanted.stats) {
-    char* const stats = static_cast<char*>(data(result.stats));
-    const int64_t step = task.rows * static_cast<int64_t>(result.stats.element_size());
-    task.cross_entropy = stats;
-    task.distance_out = stats + step;
-    task.margin_out = stats + 2 * step;
-  }
-  const double sum = run_rows(cpu, task);
-  if (!per_row) {
-    const double loss = sum / denominator;
-    if (type == at::kDouble) *result.loss.mutable_data_ptr<double>() = loss;
-    else *result.loss.mutable_data_ptr<float>() = static_cast<float>(loss);
-  }
+  const Layout layout(in.logits, result.grad);
+  const Task task = make_task(in, config, wanted, result, layout);
+  if (!device) run_on_cpu(kernels(), task, config, denominator, result);
+#ifdef DRSL_WITH_CUDA
+  else if (in.logits.numel() > 0) run_on_device(task, options, config, wanted, later, result);
+#endif
+  else if (wanted.loss) result.loss.fill_(config.reduction == Reduction::mean ? std::nan("") : 0.0);
   return result;
 }
 

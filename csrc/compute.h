@@ -1,10 +1,10 @@
-// Tensors in, tensors out: the loss of a call and what else is wanted, by the CPU kernels. No autograd. Relies on
-// cpu/kernels.h; ops.cpp relies on it.
+// Tensors in, tensors out: the loss of a call and what else is wanted, by the kernels of the tensors' device. No
+// autograd. Relies on cpu/kernels.h and cuda/launch.h; ops.cpp relies on it.
 #pragma once
 
 #include <ATen/ATen.h>
 
-#include "cpu/kernels.h"
+#include "task.h"
 
 namespace drsl {
 
@@ -23,21 +23,33 @@ struct Config {
 };
 
 struct Wanted {
-  bool grad = false, tau_grad = false, stats = false;
+  bool loss = false, grad = false, tau_grad = false, stats = false;
+  bool saved = false;  // what makes a later gradient cheaper, if there is such a thing
 };
 
 struct Result {
   at::Tensor loss, grad, tau_grad, stats;
-  double grad_scale = 1;  // 1 / denominator of the mean
+  double grad_scale = 1;              // on the CPU: 1 / denominator of the mean
+  at::Tensor denominator, saved;      // on a device: denominator of the mean, statistics
 };
+
+// For a gradient after the loss: what an earlier run left, and the upstream gradient.
+struct Later {
+  at::Tensor upstream;            // multiplies the gradient: one value, or one per row
+  at::Tensor denominator, saved;  // from the earlier Result
+  at::Tensor grad;  // if defined, the buffer to fill, which is right already if upstream is the one value 1
+};
+
+// Whether a run takes place on a device, in the order of a stream, where the host cannot look at values.
+bool on_device(const at::Tensor& t);
 
 // The value of a tensor whose elements are all the same one (an expanded scalar, say).
 double single_value(const at::Tensor& t);
 
-// Losses, and what else is wanted. `upstream`, if defined, multiplies the gradient: one value, or one per row.
+// Whatever is wanted.
 // Arguments are only checked for what would be unsafe: Python turns a failed check into an error that names the
 // argument and its value (drsl_kernels/spec.py).
 Result compute(const at::Tensor& logits, const at::Tensor& y, const at::Tensor& weight, const at::Tensor& tau,
-               const Config& config, const Wanted& wanted, const at::Tensor& upstream = {});
+               const Config& config, const Wanted& wanted, const Later& later = {});
 
 }  // namespace drsl

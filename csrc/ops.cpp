@@ -1,4 +1,4 @@
-// The operator drsl_kernels::softmax_loss on the CPU, with its autograd node. The gradient is computed together
+// The operator drsl_kernels::softmax_loss on the CPU and on CUDA devices, with its autograd node. The gradient is computed together
 // with the loss, into a buffer of its own, and handed over by the backward pass. Relies on compute.h;
 // drsl_kernels/backends/cpp.py calls the operator.
 #include <ATen/ATen.h>
@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #include "compute.h"
+#include "cpu/kernels.h"
 
 namespace drsl {
 namespace {
@@ -35,8 +36,11 @@ Tensor reference_loss(const Tensor& logits, const Tensor& y, const Tensor& weigh
 }
 
 // Half precision has too little range to hold a gradient before it is scaled (by a loss scale of 2^16, say), so
-// its gradient is computed when the scale is known.
-bool gradient_waits(const Tensor& logits) { return logits.scalar_type() == at::kHalf; }
+// its gradient is computed when the scale is known. On a device the same holds for losses per row: their upstream
+// gradients are rarely all 1, and a gradient computed too early is computed twice.
+bool gradient_waits(const Tensor& logits, const Config& config) {
+  return logits.scalar_type() == at::kHalf || (on_device(logits) && config.reduction == Reduction::none);
+}
 
 // All upstream gradients are one value: reduced losses, and expanded scalars from a later sum or mean.
 bool is_single_value(const Tensor& upstream) {
@@ -47,18 +51,21 @@ bool is_single_value(const Tensor& upstream) {
 }
 
 // False for wrappers without memory of their own: a batch of upstream gradients under vmap, say.
-bool is_readable(const Tensor& t) {
+bool is_readable(const Tensor& t, at::Device device) {
   constexpr c10::DispatchKeySet wrappers({c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched,
                                           c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Python});
-  return t.device().is_cpu() && !t.key_set().has_any(wrappers);
+  return t.device() == device && !t.key_set().has_any(wrappers);
 }
 
 struct SoftmaxLossBackward : torch::autograd::Node {
   Config config;
   torch::autograd::SavedVariable logits, y, weight, tau;
-  Tensor grad;      // d loss / d logits for an upstream gradient of 1, until handed over
+  Tensor grad;  // d loss / d logits for an upstream gradient of 1, until handed over
   Tensor tau_grad;  // d row loss / d tau, per row, before the reduction
   double grad_scale = 1;
+  Tensor denominator, saved;  // see Result
+  at::Device device = at::kCPU;
+  bool grad_on_device = false;
   bool released = false;
 
   std::string name() const override { return "SoftmaxLossBackward"; }
@@ -71,6 +78,8 @@ struct SoftmaxLossBackward : torch::autograd::Node {
     tau.reset_data();
     grad.reset();
     tau_grad.reset();
+    denominator.reset();
+    saved.reset();
     released = true;
   }
 
@@ -80,7 +89,7 @@ struct SoftmaxLossBackward : torch::autograd::Node {
     const Tensor& upstream = upstreams[0];
     torch::autograd::variable_list grads(num_outputs());
     if (!upstream.defined()) return grads;
-    if (at::GradMode::is_enabled() || !is_readable(upstream)) return differentiable(upstream);
+    if (at::GradMode::is_enabled() || !is_readable(upstream, device)) return differentiable(upstream);
     if (task_should_compute_output(0)) grads[0] = logits_gradient(upstream);
     if (grads.size() > 1 && task_should_compute_output(1)) grads[1] = tau_gradient(upstream);
     return grads;
@@ -88,19 +97,27 @@ struct SoftmaxLossBackward : torch::autograd::Node {
 
   Tensor logits_gradient(const Tensor& upstream) {
     const bool single = is_single_value(upstream);
+    const bool keep = torch::autograd::get_current_graph_task_keep_graph();
+    if (grad_on_device) {
+      // Whether the gradient at hand is right is decided there; one that somebody will need again is left alone.
+      return gradient_later(single ? upstream.as_strided({}, {}) : upstream, keep ? Tensor() : std::move(grad));
+    }
     const double factor = single ? single_value(upstream) : 0;
-    if (single && factor == 1 && grad.defined()) return take(torch::autograd::get_current_graph_task_keep_graph());
+    if (single && factor == 1 && grad.defined()) return take(keep);
     if (!grad.defined() || at::isReducedFloatingType(grad.scalar_type())) {
       // Scaling a rounded gradient would round it twice.
-      const Tensor one_value = single ? at::scalar_tensor(factor, upstream.options()) : upstream;
-      return compute(logits.unpack(), y.unpack(), weight.unpack(), tau.unpack(), config, Wanted{true, false, false},
-                     one_value)
-          .grad;
+      return gradient_later(single ? at::scalar_tensor(factor, upstream.options()) : upstream, Tensor());
     }
-    const bool keep = torch::autograd::get_current_graph_task_keep_graph();
     if (single) return keep ? grad.mul(factor) : take(false).mul_(factor);
     const Tensor rows = (grad.dim() == 1 ? upstream.reshape({}) : upstream.unsqueeze(1)).to(grad.scalar_type());
     return keep ? grad.mul(rows) : take(false).mul_(rows);
+  }
+
+  Tensor gradient_later(const Tensor& upstream, Tensor buffer) {
+    Wanted wanted;
+    wanted.grad = true;
+    const Later later{upstream, denominator, saved, std::move(buffer)};
+    return compute(logits.unpack(), y.unpack(), weight.unpack(), tau.unpack(), config, wanted, later).grad;
   }
 
   // The buffer itself where nobody needs it again, a copy where a later backward pass will.
@@ -108,8 +125,12 @@ struct SoftmaxLossBackward : torch::autograd::Node {
 
   Tensor tau_gradient(const Tensor& upstream) {
     const Tensor like = tau.unpack();
-    const Tensor rows = tau_grad * upstream.to(tau_grad.scalar_type()).reshape({-1}) * grad_scale;
-    return (like.dim() == 0 ? rows.sum() : rows.reshape(like.sizes())).to(like.scalar_type());
+    Tensor rows = tau_grad * upstream.to(tau_grad.scalar_type()).reshape({-1}) * grad_scale;
+    if (denominator.defined()) {
+      // The mean over no row at all is NaN, but nothing depends on it.
+      rows = at::where(denominator == 0, at::zeros({}, rows.options()), (rows / denominator).to(rows.scalar_type()));
+    }
+    return (like.dim() == 0 ? rows.sum() : rows.reshape(like.sizes())).to(like.options());
   }
 
   torch::autograd::variable_list differentiable(const Tensor& upstream) {
@@ -162,7 +183,8 @@ std::tuple<Tensor, Tensor> softmax_loss(const Tensor& logits, const Tensor& y, c
   const bool for_tau = at::GradMode::is_enabled() && tau.defined() && tau.requires_grad();
 
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  Wanted wanted{for_logits && !gradient_waits(logits), for_tau, return_stats};
+  const bool waits = gradient_waits(logits, config);
+  const Wanted wanted{true, for_logits && !waits, for_tau, return_stats, for_logits && waits};
   Result result = compute(logits, y, weight, tau, config, wanted);
   if (for_logits || for_tau) {
     auto node = make_node<SoftmaxLossBackward>();
@@ -174,6 +196,10 @@ std::tuple<Tensor, Tensor> softmax_loss(const Tensor& logits, const Tensor& y, c
     node->grad = std::move(result.grad);
     node->tau_grad = std::move(result.tau_grad);
     node->grad_scale = result.grad_scale;
+    node->denominator = std::move(result.denominator);
+    node->saved = std::move(result.saved);
+    node->device = logits.device();
+    node->grad_on_device = on_device(logits);
     node->set_next_edges(tau.defined() ? torch::autograd::collect_next_edges(logits, tau)
                                        : torch::autograd::collect_next_edges(logits));
     torch::autograd::set_history(result.loss, node);
@@ -186,7 +212,14 @@ std::string cpu_capability() { return kernels().name; }
 }  // namespace
 }  // namespace drsl
 
-TORCH_LIBRARY(drsl_kernels, m) {
+// A test builds this file a second time, under another name, to run the CUDA kernels on the host.
+#ifndef DRSL_LIBRARY
+#define DRSL_LIBRARY drsl_kernels
+#endif
+#define DRSL_DEFINE(name, m) TORCH_LIBRARY(name, m)
+#define DRSL_IMPLEMENT(name, key, m) TORCH_LIBRARY_IMPL(name, key, m)
+
+DRSL_DEFINE(DRSL_LIBRARY, m) {
   m.def(
       "softmax_loss(Tensor logits, Tensor y, Tensor? weight, Tensor? tau, float tau_value, int truth, float q, "
       "int distance, float scale, float margin, int ignore_index, int reduction, float label_smoothing, "
@@ -194,5 +227,9 @@ TORCH_LIBRARY(drsl_kernels, m) {
   m.def("cpu_capability() -> str", drsl::cpu_capability);
 }
 
-TORCH_LIBRARY_IMPL(drsl_kernels, AutogradCPU, m) { m.impl("softmax_loss", drsl::softmax_loss); }
-TORCH_LIBRARY_IMPL(drsl_kernels, CPU, m) { m.impl("softmax_loss", drsl::softmax_loss); }
+DRSL_IMPLEMENT(DRSL_LIBRARY, AutogradCPU, m) { m.impl("softmax_loss", drsl::softmax_loss); }
+DRSL_IMPLEMENT(DRSL_LIBRARY, CPU, m) { m.impl("softmax_loss", drsl::softmax_loss); }
+#if defined(DRSL_WITH_CUDA) && !defined(DRSL_CUDA_ON_HOST)
+DRSL_IMPLEMENT(DRSL_LIBRARY, AutogradCUDA, m) { m.impl("softmax_loss", drsl::softmax_loss); }
+DRSL_IMPLEMENT(DRSL_LIBRARY, CUDA, m) { m.impl("softmax_loss", drsl::softmax_loss); }
+#endif

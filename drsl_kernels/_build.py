@@ -29,7 +29,8 @@ class BuildStatus:
     """Whether the extension is loaded, why not, and how it was built.
 
     `reason` is empty when `loaded` is true. When no extension was built, `torch_built` and `compiler` are
-    None and `instruction_sets` is empty.
+    None and `instruction_sets` is empty. Without CUDA kernels `cuda_architectures` is empty, and
+    `no_cuda_reason` says why.
     """
 
     loaded: bool
@@ -38,6 +39,8 @@ class BuildStatus:
     torch_running: str
     compiler: str | None
     instruction_sets: tuple[str, ...]
+    cuda_architectures: tuple[str, ...]
+    no_cuda_reason: str
 
 
 @cache
@@ -52,6 +55,8 @@ def load_extension() -> BuildStatus:
         torch_running=str(torch.__version__),
         compiler=info.get("compiler"),
         instruction_sets=tuple(info.get("instruction_sets", ())),
+        cuda_architectures=tuple(info.get("cuda_architectures", ())),
+        no_cuda_reason=info.get("no_cuda_reason", ""),
     )
 
 

@@ -43,7 +43,7 @@ class DRSLLoss(nn.Module):
         check_tau_value(tau)
         if weight is not None:
             check_weight_alone(weight)
-        check_backend_name(backend)
+        check_backend_name("backend", backend)
         if isinstance(tau, nn.Parameter):
             self.register_parameter("tau", tau)
         elif isinstance(tau, Tensor):

@@ -139,10 +139,10 @@ def cached_loss_spec(*arguments: Any) -> LossSpec:
         return loss_spec(*arguments)
 
 
-def check_backend_name(name: object) -> None:
+def check_backend_name(argument: str, name: object) -> None:
     """Raise ValueError unless `name` is None or the name of a backend."""
     if name is not None:
-        _check_name("backend", name, BACKENDS)
+        _check_name(argument, name, BACKENDS)
 
 
 def number(argument: str, value: object) -> float:

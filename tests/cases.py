@@ -92,23 +92,27 @@ def assert_true(
     # Where terms of size 1 cancel, errors count against 1: distances near 0, smoothing against cross-entropy. And so
     # does everything in float64, where the truth has no digits to spare (test_saturation.py has them).
     smoothed = arguments.get("label_smoothing", 0.0) > 0
+    # Triton's interpreter truncates where the hardware rounds.
+    half_ulps = 2.0 if backend == "triton" and z.dtype == torch.bfloat16 else 1.0
     for name, ours, truth, plain in zip(("loss", "gradient", "gradient of tau"), got, best, naive, strict=True):
         if truth is not None:
             scale = 1.0 if dtype == torch.float64 or name == "gradient of tau" or smoothed else 0.0
-            assert_error(name, ours, truth, plain, tolerance * torch.finfo(dtype).eps, scale)
+            assert_error(name, ours, truth, plain, tolerance * torch.finfo(dtype).eps, scale, half_ulps)
 
 
-def assert_error(name: str, ours: Tensor, truth: Tensor, naive: Tensor, tolerance: float, scale: float = 0.0) -> None:
+def assert_error(
+    name: str, ours: Tensor, truth: Tensor, naive: Tensor, tolerance: float, scale: float = 0.0, half_ulps: float = 1.0
+) -> None:
     """The error of `ours` is at most that of `naive` plus `tolerance` of the largest value of `truth` (or `scale`).
 
-    Each value may be off by half a unit in the last place of its dtype besides.
+    Each value may be off by `half_ulps` times half a unit in the last place of its dtype besides.
     """
     assert ours.shape == truth.shape
     if truth.numel() == 0:
         return
     assert not ours.isnan().any(), f"{name} has NaN"
     finfo = torch.finfo(ours.dtype)
-    rounding = 0.5 * finfo.eps * truth.abs() + 0.5 * finfo.smallest_normal * finfo.eps
+    rounding = half_ulps * 0.5 * finfo.eps * truth.abs() + 0.5 * finfo.smallest_normal * finfo.eps
     allowed = (naive - truth).abs().max() + tolerance * truth.abs().max().clamp(min=scale) + rounding
     error = (ours.double() - truth).abs()
     worst = (error - allowed).max().item()

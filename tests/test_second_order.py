@@ -13,6 +13,9 @@ from truth import loss_and_gradient, row_losses
 
 from drsl_kernels import fused_drsl_loss, softmax_loss
 
+# The others come here through the reference: test_triton.py has one test of it.
+pytestmark = pytest.mark.backends("cpp", "reference")
+
 MEMBERS = pytest.mark.parametrize(("truth", "distance"), PAIRS, ids=PAIR_IDS)
 WEIGHT = torch.tensor([0.5, 2.0, 1.0, 1.5], dtype=torch.float64)
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -42,6 +42,7 @@ def test_a_batch_is_the_sum_of_its_rows(dtype: str) -> None:
         assert torch.equal(one_grad[0], grad[i])
 
 
+@pytest.mark.backends("cpp", "reference")  # Triton's interpreter is for one thread
 def test_calls_from_several_threads(backend: str) -> None:
     def work(seed: int) -> Tensor:
         rows = 30 + 10 * (seed % 3)
@@ -57,6 +58,7 @@ def test_calls_from_several_threads(backend: str) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.backends("cpp", "reference")
 def test_backward_of_one_graph_from_several_threads(backend: str) -> None:
     z, y = random_logits(50, 30).requires_grad_(), random_labels(50, classes=30)
     loss = fused_drsl_loss(z, y, 0.5, backend=backend)

@@ -140,6 +140,7 @@ def test_rows_around_a_vector(rows: int, classes: int, terms: str, backend: str)
     check_size(rows, classes, "float32", terms, backend)
 
 
+@pytest.mark.backends("cpp", "reference")
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize(("rows", "classes"), [(5000, 10), (700, 100), (300, 1000)])
 def test_enough_rows_for_two_threads(rows: int, classes: int, dtype: str, backend: str, two_threads: None) -> None:

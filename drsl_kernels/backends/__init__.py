@@ -6,12 +6,15 @@ callable with the signature of `reference.softmax_loss`.
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TypeAlias
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,6 +29,12 @@ from . import cpp
 Backend: TypeAlias = Callable[
     [Tensor, Tensor, "Tensor | float", "Tensor | None", LossSpec, bool], tuple[Tensor, "LossStats | None"]
 ]
+
+VARIABLE: Final = "DRSL_KERNELS_BACKEND"
+ENVIRONMENT: Final = os.environ.get(VARIABLE) or None
+
+# Per kind of device, the best first. For CUDA the order awaits measurements.
+PREFERENCE: Final[dict[str, tuple[str, ...]]] = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}
 
 
 @dataclass(frozen=True)
@@ -57,19 +66,26 @@ def info() -> Info:
 
 
 def choose(logits: Tensor, name: str | None) -> Backend:
-    """The backend for these logits: the one that `name` forces, or the fastest that is usable.
+    """The backend for these logits: the one that `name` forces, or the first usable one of `PREFERENCE`.
+
+    The environment variable DRSL_KERNELS_BACKEND stands in for a `name` of None, where PyTorch does not ask for its
+    own operators.
 
     Raises:
         ValueError: `name` is not the name of a backend.
         RuntimeError: the backend that `name` forces cannot be used for these logits; says why.
     """
     if name is not None:
-        check_backend_name(name)
-        return _forced(logits, name)
+        check_backend_name("backend", name)
+        return _forced(logits, name, f"backend={name!r}")
     if type(logits) not in (Tensor, Parameter) or needs_transforms():
         return reference.softmax_loss
-    if logits.is_cpu and _usable("cpp"):
-        return cpp.softmax_loss
+    if ENVIRONMENT is not None:
+        check_backend_name(VARIABLE, ENVIRONMENT)
+        return _forced(logits, ENVIRONMENT, f"{VARIABLE}={ENVIRONMENT}")
+    for candidate in PREFERENCE.get(logits.device.type, ()):
+        if _usable(candidate):
+            return _load(candidate)
     _warn_fallback(logits.device.type)
     return reference.softmax_loss
 
@@ -79,19 +95,35 @@ def needs_transforms() -> bool:
     return torch.autograd.forward_ad._current_level >= 0 or watches_operators()
 
 
-def _forced(logits: Tensor, name: str) -> Backend:
+def _forced(logits: Tensor, name: str, how: str) -> Backend:
     if name == "reference" or not isinstance(logits, Tensor):  # the reference tells what is wrong with the latter
         return reference.softmax_loss
     if not _usable(name):
-        raise RuntimeError(f"backend={name!r} is not usable: {_inspect(name).detail}")
-    if logits.device.type != "cpu":
-        raise RuntimeError(f"backend='cpp' needs logits on the CPU, got {logits.device}")
+        raise RuntimeError(f"{how} is not usable: {_inspect(name).detail}")
+    if logits.device.type not in _devices(name):
+        where = " or ".join("the CPU" if device == "cpu" else "a CUDA device" for device in _devices(name))
+        raise RuntimeError(f"{how} needs logits on {where}, got {logits.device}")
     if needs_transforms():
         raise RuntimeError(
-            "backend='cpp' is not usable inside torch.compile, torch.func or forward-mode differentiation; "
+            f"{how} is not usable inside torch.compile, torch.func or forward-mode differentiation; "
             "leave backend=None there"
         )
-    return cpp.softmax_loss
+    return _load(name)
+
+
+@cache
+def _load(name: str) -> Backend:
+    """The callable of a usable backend. Triton is imported here, and not where nobody uses it."""
+    if name in ("cpp", "cuda"):
+        return cpp.softmax_loss
+    triton: Backend = import_module(".triton", __name__).softmax_loss
+    return triton
+
+
+def _devices(name: str) -> tuple[str, ...]:
+    if name == "triton" and import_module(".triton", __name__).INTERPRETED:
+        return ("cuda", "cpu")
+    return ("cpu",) if name == "cpp" else ("cuda",)
 
 
 @cache
@@ -102,18 +134,36 @@ def _usable(name: str) -> bool:
 def _inspect(name: str) -> BackendInfo:
     if name == "reference":
         return BackendInfo(name, True, "pure PyTorch, any device")
+    if name == "triton":
+        return _inspect_triton()
+    status = load_extension()
+    if not status.loaded:
+        return BackendInfo(name, False, status.reason)
     if name == "cpp":
-        status = load_extension()
-        if not status.loaded:
-            return BackendInfo(name, False, status.reason)
         return BackendInfo(name, True, f"CPU, {cpp.capability()} (compiled: {', '.join(status.instruction_sets)})")
-    return BackendInfo(name, False, "not part of this version")
+    if not status.cuda_architectures:
+        return BackendInfo(name, False, f"not built: {status.no_cuda_reason}")
+    if not torch.cuda.is_available():
+        return BackendInfo(name, False, "no CUDA device is available")
+    return BackendInfo(name, True, f"CUDA C++ (compiled: {', '.join(status.cuda_architectures)})")
+
+
+def _inspect_triton() -> BackendInfo:
+    if find_spec("triton") is None:
+        return BackendInfo("triton", False, "the Python package triton is not installed")
+    module = import_module(".triton", __name__)
+    if module.INTERPRETED:
+        return BackendInfo("triton", True, f"triton {module.VERSION}, interpreted: slow, for tests")
+    if not torch.cuda.is_available():
+        return BackendInfo("triton", False, "no CUDA device is available")
+    return BackendInfo("triton", True, f"triton {module.VERSION}")
 
 
 @cache
 def _warn_fallback(device: str) -> None:
     """One warning per kind of device, since a silent fallback costs a user the speed that they came for."""
-    why = _inspect("cpp").detail if device == "cpu" else f"no compiled backend for {device!r} tensors in this version"
+    reasons = [f"{name} ({_inspect(name).detail})" for name in PREFERENCE.get(device, ())]
+    why = "; ".join(reasons) if reasons else f"no compiled backend for {device!r} tensors in this version"
     message = f"drsl_kernels runs on the slower pure-PyTorch reference: {why}"
     warnings.warn(message, RuntimeWarning, stacklevel=_frames_to_user())
 

@@ -1,9 +1,12 @@
-"""The CPU extension as a backend: one call of a dispatcher operator, autograd node in C++ (csrc/ops.cpp).
+"""The compiled extension as a backend: one call of a dispatcher operator, autograd node in C++ (csrc/ops.cpp).
 
+The device of the logits decides whether the kernels of csrc/cpu/ (backend "cpp") or of csrc/cuda/ (backend "cuda") run.
 Relies on the extension that `_build` loads; `backends.choose` hands it out.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,11 +22,14 @@ def softmax_loss(
     weight: Tensor | None,
     spec: LossSpec,
     return_stats: bool = False,
+    operator: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, LossStats | None]:
-    """The loss that `spec` names, and per-row statistics if asked for."""
+    """The loss that `spec` names, and per-row statistics if asked for. Tests name another `operator`."""
+    if operator is None:
+        operator = torch.ops.drsl_kernels.softmax_loss.default
     tau_tensor, tau_value = (tau, 0.0) if isinstance(tau, Tensor) else (None, tau)
     try:
-        loss, stats = torch.ops.drsl_kernels.softmax_loss.default(
+        loss, stats = operator(
             logits,
             y,
             weight,

@@ -1,0 +1,50 @@
+// A description of one call's work, for the kernels of every device. Plain C++, no torch; compute.cpp fills it in.
+#pragma once
+
+#include <stdint.h>
+
+#include "row_loss.h"
+
+namespace drsl {
+
+enum class DType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+
+// Where the rows lie. Row i has the indices of i in a row-major array of shape sizes[0..dims), and starts at the
+// dot product of these indices with the strides (in elements). Classes of a row are class_stride apart.
+struct RowLayout {
+  int dims;
+  const int64_t* sizes;
+  const int64_t* logits_strides;
+  const int64_t* grad_strides;
+  int64_t logits_class_stride, grad_class_stride;
+};
+
+// One call. "acc" below is double for float64 logits, else float. Pointers marked "may be null" are optional.
+struct Task {
+  DType dtype;
+  Truth truth;
+  Distance distance;
+  double q, scale, margin, smoothing;
+  int64_t rows, classes, ignore_index;
+  RowLayout layout;
+
+  const void* logits;
+  const int64_t* labels;       // (rows,), each in [0, classes) or ignore_index: see scan_labels
+  const void* class_weights;   // acc (classes,), may be null: all 1
+  double tau;                  // used where tau_rows is null
+  const void* tau_rows;        // acc, may be null: tau of row i at tau_rows[i * tau_stride]
+  int64_t tau_stride;          // 0 or 1; on the CPU always 1
+  double grad_scale;           // multiplies every row's gradient: 1 / denominator of the mean
+  const void* upstream;        // acc, may be null: upstream gradient of row i at upstream[i * upstream_stride]
+  int64_t upstream_stride;     // 0 or 1
+
+  // Outputs. Of the loss itself the caller gets the sum over rows back from `run`.
+  void* grad;                  // dtype, in `layout`, may be null: then one pass over the logits suffices
+  void* loss;                  // acc (rows,), may be null
+  void* cross_entropy;         // acc (rows,), may be null
+  void* distance_out;          // acc (rows,), may be null
+  void* margin_out;            // acc (rows,), may be null
+  void* tau_grad;              // acc (rows,), may be null: u_y D, the derivative of the row's loss by tau
+};
+
+}  // namespace drsl

@@ -1,0 +1,117 @@
+"""Few classes: each program holds a tile of whole rows, so the logits are read once and the gradient written once.
+
+Relies on steps.py; launch.py decides the shape of the tile and launches.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+
+from .row_loss import needs_moments, needs_squares, row_stats_of
+from .steps import class_gradient, finished_rows, jit, mean_denominator, row_start, scaled_gradient
+
+
+@jit
+def rows_kernel(
+    logits,
+    labels,  # int64 (rows,)
+    class_weights,  # ACC (classes,) or None
+    tau,  # ACC, tau of row i at i * tau_step, or None: tau_value
+    upstream,  # ACC, upstream gradient of row i at i * upstream_step, or None: 1
+    parts,  # float64 (num_parts,), with MEAN == FROM_PARTS
+    denominator,  # out: float64 (1,), or None
+    grad,  # out, or None
+    total,  # out: ACC (1,), the reduced loss, or None. With more than one program:
+    losses,  # out: float64 (programs,), the sum of each program's losses
+    row_losses,  # out: ACC (rows,), or None
+    reports,  # out: ACC (3, rows): cross-entropy, distance, margin, or None
+    tau_grad,  # out: ACC (rows,), or None
+    rows: tl.int64,
+    classes: tl.int64,
+    ignore_index: tl.int64,
+    inner: tl.int64,
+    outer_stride: tl.int64,
+    inner_stride: tl.int64,
+    class_stride: tl.int64,
+    grad_outer: tl.int64,
+    grad_inner: tl.int64,
+    grad_class: tl.int64,
+    tau_step: tl.int64,
+    upstream_step: tl.int64,
+    num_parts: tl.int64,
+    tau_value: tl.float64,
+    q: tl.float64,
+    scale: tl.float64,
+    margin: tl.float64,
+    smoothing: tl.float64,
+    TRUTH: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    MEAN: tl.constexpr,
+    SKIP: tl.constexpr,  # return at once where the upstream gradient is 1
+    FLAT: tl.constexpr,  # rows are outer_stride apart
+    WIDTH: tl.constexpr,  # adjacent classes that may be read as one word; 0 where classes are not adjacent
+    ACC: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,  # >= classes
+):
+    if SKIP:
+        if tl.load(upstream) == 1.0:
+            return
+    SQUARES: tl.constexpr = needs_squares(DISTANCE)
+    WEIGHTED: tl.constexpr = SMOOTH and class_weights is not None
+    MOMENTS: tl.constexpr = needs_moments(DISTANCE) or SMOOTH
+
+    program = tl.program_id(0)
+    row = program.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.arange(0, BLOCK_C)
+    if WIDTH > 0:
+        classes = classes // WIDTH * WIDTH  # tells the compiler what it is a multiple of
+        outer_stride = outer_stride // WIDTH * WIDTH
+        grad_outer = grad_outer // WIDTH * WIDTH
+        at = column
+        grad_at = column
+    else:
+        at = column * class_stride
+        grad_at = column * grad_class
+    y = tl.load(labels + row, mask=row < rows, other=ignore_index)
+    valid = y != ignore_index
+    inside = column < classes
+    z = tl.load(
+        logits + row_start(row, inner, outer_stride, inner_stride, FLAT)[:, None] + at[None, :],
+        mask=valid[:, None] & inside[None, :],
+        other=-float("inf"),
+    ).to(ACC)
+    is_label = column[None, :] == y[:, None]
+    u = 0.0
+    if WEIGHTED:
+        u = tl.load(class_weights + column, mask=inside, other=0.0)[None, :]
+
+    stats = row_stats_of(tl.where(is_label, -float("inf"), z), u, SQUARES, MOMENTS, WEIGHTED, 1)
+    label_logit = tl.sum(tl.where(is_label, z, 0.0), axis=1)
+    label_logit = tl.where(valid & ((y < 0) | (y >= classes)), float("nan"), label_logit)
+    divisor = mean_denominator(labels, class_weights, parts, num_parts, rows, classes, ignore_index, MEAN)
+    loss, gradient = finished_rows(
+        stats, label_logit, row, valid, y, tau, tau_value, tau_step, class_weights, classes, ignore_index,
+        q, scale, margin, smoothing, row_losses, reports, tau_grad, rows, row < rows, TRUTH, DISTANCE, SMOOTH, ACC,
+    )  # fmt: skip
+
+    if losses is not None:
+        tl.store(losses + program, tl.sum(loss.to(tl.float64), axis=0))
+    elif total is not None:
+        tl.store(total, (tl.sum(loss.to(tl.float64), axis=0) / divisor).to(ACC))
+    if denominator is not None:
+        tl.store(denominator, divisor, mask=program == 0)
+    if grad is not None:
+        a, b, c, offset, smooth, label, top = scaled_gradient(
+            gradient, stats, row, upstream, upstream_step, divisor, valid, ACC
+        )
+        g = class_gradient(
+            z, is_label, u, a[:, None], b[:, None], c[:, None], offset[:, None], smooth[:, None], label[:, None],
+            top[:, None], SQUARES, MOMENTS, WEIGHTED,
+        )  # fmt: skip
+        tl.store(
+            grad + row_start(row, inner, grad_outer, grad_inner, FLAT)[:, None] + grad_at[None, :],
+            tl.where(valid[:, None], g, 0.0).to(grad.dtype.element_ty),
+            mask=(row < rows)[:, None] & inside[None, :],
+        )

@@ -1,0 +1,321 @@
+"""Shapes and launches of the Triton kernels: a `Task` in, work on the current stream out.
+
+The host never waits for the device here, and nothing is tuned at run time: `few_classes_shape` and `tile_shape` are
+the tables. Relies on the kernels; the autograd function in __init__.py relies on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from math import gcd
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...spec import LossSpec, class_dim
+from .few_classes import rows_kernel
+from .many_classes import gradient_kernel, row_kernel, stats_kernel
+from .steps import label_weights_kernel, sum_kernel
+
+SAVED = 8  # statistics per slice, see many_classes.py
+NO_MEAN, FROM_LABELS, FROM_PARTS = 0, 1, 2  # see steps.py
+MAX_SLICES = 64
+LABEL_READS = 2**17  # more than this many labels, read by all programs together, are summed once beforehand
+MAX_CLASSES = 2**31 - 2**16  # column indices have 32 bits, the last tile included
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a program of `rows_kernel` holds: `rows` times `columns` elements, over `warps` warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a program of the other kernels holds at a time: `chunk` times `block` classes of one row."""
+
+    chunk: int
+    block: int
+    warps: int
+
+
+def few_classes_shape(classes: int, rows: int, itemsize: int, adjacent: bool = True) -> Shape | None:
+    """The tile for so many classes; None where a row is too long for one.
+
+    `itemsize` is that of the logits, `adjacent` tells whether neighbouring classes are neighbours in memory. If not,
+    a thread holds parts of more rows, each of which needs registers for its loss.
+    """
+    columns = triton.next_power_of_2(max(classes, 16))
+    # What a warp's registers hold without spilling, and the longest row. Addresses of scattered classes need registers.
+    if itemsize < 8:
+        per_warp, longest = (512, 8192) if adjacent else (128, 4096)
+    else:
+        per_warp, longest = (128, 2048) if adjacent else (64, 1024)
+    if columns > longest:
+        return None
+    if adjacent and rows * columns <= 4 * per_warp:
+        # The whole batch in one program: no other kernel has to run before or after it.
+        return Shape(4 * per_warp // columns, columns, 8)
+    elements = max(columns, per_warp)
+    return Shape(elements // columns, columns, min(elements // per_warp, 16))
+
+
+def tile_shape(itemsize: int, adjacent: bool = True) -> Tile:
+    """A thread reads 16 bytes at a time, and several times before it uses what it read."""
+    if not adjacent:
+        return Tile(2, 512 if itemsize == 8 else 1024, 8)
+    return {2: Tile(4, 2048, 8), 4: Tile(4, 1024, 8), 8: Tile(4, 512, 8)}[itemsize]
+
+
+def slice_count(rows: int, classes: int, processors: int) -> int:
+    """Into how many slices a row is cut, so that few long rows fill the device."""
+    wanted = triton.cdiv(2 * processors, rows)
+    return max(1, min(wanted, MAX_SLICES, classes // 8192)) if rows < processors else 1
+
+
+@cache
+def processor_count(device: torch.device) -> int:
+    if device.type == "cpu":  # the interpreter
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@dataclass
+class Rows:
+    """Where rows and classes of a matrix lie, in elements: see `row_start` in steps.py."""
+
+    inner: int
+    outer_stride: int
+    inner_stride: int
+    class_stride: int
+
+    @property
+    def flat(self) -> bool:
+        return self.inner == 1
+
+
+def rows_of(tensor: Tensor) -> Rows | None:
+    """The layout of a tensor of shape (C,), (N, C) or (N, C, d1, ...); None where it needs more than two strides."""
+    at = class_dim(tensor)
+    sizes: list[int] = []
+    strides: list[int] = []
+    for d, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if d == at or size == 1:
+            continue
+        if sizes and strides[-1] == stride * size:
+            sizes[-1] *= size
+            strides[-1] = stride
+        else:
+            sizes.append(size)
+            strides.append(stride)
+    if len(sizes) > 2:
+        return None
+    class_stride = tensor.stride(at) if tensor.shape[at] > 1 else 1
+    if len(sizes) < 2:
+        return Rows(1, strides[0] if strides else 0, 0, class_stride)
+    return Rows(sizes[1], strides[0], strides[1], class_stride)
+
+
+def unified(x: Rows, y: Rows) -> tuple[Rows, Rows]:
+    """The two layouts with the same `inner`."""
+    if x.inner == y.inner:
+        return x, y
+    if x.flat:
+        x = Rows(y.inner, x.outer_stride * y.inner, x.outer_stride, x.class_stride)
+    elif y.flat:
+        y = Rows(x.inner, y.outer_stride * x.inner, y.outer_stride, y.class_stride)
+    return x, y
+
+
+def width(tensors: tuple[Tensor, ...], layouts: tuple[Rows, ...], classes: int) -> int:
+    """How many adjacent classes may be read and written as one word of at most 16 bytes; 0 where none are adjacent."""
+    if any(layout.class_stride != 1 for layout in layouts):
+        return 0
+    itemsize = tensors[0].element_size()
+    common = gcd(16 // itemsize, classes)
+    for tensor, layout in zip(tensors, layouts, strict=True):
+        common = gcd(common, layout.outer_stride, layout.inner_stride if not layout.flat else 0)
+        common = gcd(common, tensor.data_ptr() // itemsize)
+    return common
+
+
+@dataclass
+class Task:
+    """One run: what is read, what is wanted. `acc` below is float64 for float64 logits, else float32.
+
+    Attributes:
+        labels: int64, contiguous, one per row.
+        weight: acc, contiguous, or None.
+        tau: acc, contiguous: one value or one per row; None for `tau_value`.
+        upstream: acc, contiguous: one value or one per row; None for 1.
+        grad: as logits, written; None where no gradient is wanted.
+        denominator: float64, one value: what the mean divides by. Written, or read where `denominator_known`.
+        saved: acc (rows, slices, SAVED): statistics, written; or read where `saved_known`.
+        skip_unit_upstream: do nothing where the upstream gradient is 1, for then `grad` is right already.
+        loss, row_losses, reports, tau_grad: outputs, see the kernels.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    weight: Tensor | None
+    tau: Tensor | None
+    tau_value: float
+    spec: LossSpec
+    distance_code: int
+    upstream: Tensor | None = None
+    grad: Tensor | None = None
+    denominator: Tensor | None = None
+    denominator_known: bool = False
+    saved: Tensor | None = None
+    saved_known: bool = False
+    skip_unit_upstream: bool = False
+    loss: Tensor | None = None
+    row_losses: Tensor | None = None
+    reports: Tensor | None = None
+    tau_grad: Tensor | None = None
+
+
+def saved_slices(logits: Tensor) -> int:
+    """How many sets of statistics per row a run keeps for a later one; 0 where the logits are read again instead."""
+    classes = logits.shape[class_dim(logits)]
+    rows = logits.numel() // max(classes, 1)
+    adjacent = classes == 1 or logits.stride(class_dim(logits)) == 1
+    if few_classes_shape(classes, rows, logits.element_size(), adjacent) is not None:
+        return 0
+    return slice_count(rows, classes, processor_count(logits.device))
+
+
+def run(task: Task) -> None:
+    """Put the work on the current stream."""
+    logits, grad, spec = task.logits, task.grad, task.spec
+    classes = logits.shape[class_dim(logits)]
+    rows = task.labels.numel()
+    layout = rows_of(logits)
+    assert layout is not None
+    grad_layout = layout
+    if grad is not None:
+        own = rows_of(grad)
+        assert own is not None
+        layout, grad_layout = unified(layout, own)
+    matrices = (logits,) if grad is None else (logits, grad)
+    itemsize = logits.element_size()
+    words = width(matrices, (layout, grad_layout)[: len(matrices)], classes)
+    shape = few_classes_shape(classes, rows, itemsize, adjacent=words > 0)
+    slices = 1
+    if shape is None:
+        slices = slice_count(rows, classes, processor_count(logits.device))
+        if task.saved is not None:
+            slices = task.saved.shape[1]
+    programs = triton.cdiv(rows, shape.rows) if shape else rows * slices
+    parts, num_parts, mean = _denominator_parts(task, rows, classes, programs)
+    losses = None
+    if task.loss is not None and (shape is None or programs > 1):
+        losses = torch.empty(programs if shape else rows, dtype=torch.float64, device=logits.device)
+
+    arguments: dict[str, Any] = {
+        "logits": logits,
+        "labels": task.labels,
+        "class_weights": task.weight,
+        "tau": task.tau,
+        "upstream": task.upstream,
+        "parts": parts,
+        "denominator": None if task.denominator_known else task.denominator,
+        "grad": grad,
+        "losses": losses,
+        "row_losses": task.row_losses,
+        "reports": task.reports,
+        "tau_grad": task.tau_grad,
+        "rows": rows,
+        "classes": classes,
+        "ignore_index": spec.ignore_index,
+        "inner": layout.inner,
+        "outer_stride": layout.outer_stride,
+        "inner_stride": layout.inner_stride,
+        "class_stride": layout.class_stride,
+        "grad_outer": grad_layout.outer_stride,
+        "grad_inner": grad_layout.inner_stride,
+        "grad_class": grad_layout.class_stride,
+        "tau_step": int(task.tau is not None and task.tau.dim() > 0),
+        "upstream_step": int(task.upstream is not None and task.upstream.dim() > 0),
+        "num_parts": num_parts,
+        "tau_value": task.tau_value,
+        "q": spec.q,
+        "scale": spec.scale,
+        "margin": spec.margin,
+        "smoothing": spec.label_smoothing,
+        "TRUTH": spec.truth_code,
+        "DISTANCE": task.distance_code,
+        "SMOOTH": spec.label_smoothing > 0,
+        "MEAN": mean,
+        "SKIP": task.skip_unit_upstream,
+        "FLAT": layout.flat,
+        "WIDTH": words,
+        "ACC": tl.float64 if itemsize == 8 else tl.float32,
+    }
+    if shape is not None:
+        total = task.loss if losses is None else None
+        rows_kernel[(programs,)](
+            **arguments, total=total, BLOCK_R=shape.rows, BLOCK_C=shape.columns, num_warps=shape.warps, **OPTIONS
+        )
+    else:
+        _run_long_rows(task, arguments, rows, classes, slices)
+    if losses is not None:
+        sum_kernel[(1,)](losses, task.denominator, task.loss, losses.numel(), BLOCK=2048, num_warps=8, **OPTIONS)
+
+
+def _denominator_parts(task: Task, rows: int, classes: int, programs: int) -> tuple[Tensor | None, int, int]:
+    """The numbers that add up to what the mean divides by, how many there are, and how a kernel comes by them."""
+    if task.denominator is None:
+        return None, 0, NO_MEAN
+    if task.denominator_known:
+        return task.denominator, 1, FROM_PARTS
+    if programs * rows <= LABEL_READS:
+        return None, 0, FROM_LABELS
+    count = min(256, triton.cdiv(rows, 1024))
+    parts = torch.empty(count, dtype=torch.float64, device=task.logits.device)
+    label_weights_kernel[(count,)](
+        task.labels, task.weight, parts, rows, classes, task.spec.ignore_index, num_warps=4, **OPTIONS
+    )
+    return parts, count, FROM_PARTS
+
+
+STATS_ARGUMENTS = (
+    *("logits", "labels", "class_weights", "rows", "classes", "ignore_index"),
+    *("inner", "outer_stride", "inner_stride", "class_stride", "DISTANCE", "SMOOTH", "FLAT", "WIDTH", "ACC"),
+)
+
+
+def _run_long_rows(task: Task, arguments: dict[str, Any], rows: int, classes: int, slices: int) -> None:
+    tile = tile_shape(task.logits.element_size(), adjacent=arguments["WIDTH"] > 0)
+    common: dict[str, Any] = dict(CHUNK=tile.chunk, BLOCK=tile.block, num_warps=tile.warps, **OPTIONS)
+    saved = task.saved
+    if slices == 1 and not task.saved_known:
+        row_kernel[(rows,)](**arguments, saved=saved, **common)
+        return
+    if not task.saved_known:
+        if saved is None:
+            dtype = torch.float64 if task.logits.dtype == torch.float64 else torch.float32
+            saved = torch.empty(rows, slices, SAVED, dtype=dtype, device=task.logits.device)
+        size = triton.cdiv(triton.cdiv(classes, slices), 1024) * 1024
+        stats_kernel[(rows, slices)](
+            **{name: arguments[name] for name in STATS_ARGUMENTS}, saved=saved, slices=slices, slice_size=size, **common
+        )
+    # Each program that writes a part of a row finishes the row by itself, so the parts must not be small.
+    cuts = max(slices, min(MAX_SLICES, classes // 32768, triton.cdiv(1024, rows))) if task.grad is not None else 1
+    size = triton.cdiv(triton.cdiv(classes, cuts), 1024) * 1024
+    gradient_kernel[(rows, cuts)](
+        **arguments,
+        saved=saved,
+        slices=slices,
+        slice_size=size,
+        SLICES_BLOCK=triton.next_power_of_2(slices),
+        **common,
+    )

@@ -1,0 +1,344 @@
+"""Many classes: a row, or a slice of one, in tiles of CHUNK x BLOCK classes.
+
+Each of BLOCK lanes keeps statistics of its own, merged at the end, so no step of the loop waits for another lane.
+
+    row_kernel          statistics of a row, then its gradient while the row is in the L2 cache
+    stats_kernel        statistics of a slice, kept in memory: where rows are too few to fill the device
+    gradient_kernel     losses and gradient from statistics in memory: after the former, or in a later call
+
+Relies on steps.py; launch.py decides shapes and launches.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .row_loss import merge, merge_all, needs_moments, needs_squares, row_stats_of
+from .steps import class_gradient, finished_rows, jit, mean_denominator, row_start, scaled_gradient
+
+SAVED: tl.constexpr = tl.constexpr(8)  # statistics per slice in memory, in the order of row_loss.py
+
+
+@triton.jit
+def tile_of(pointer, start, last, class_stride, WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns of a tile, their addresses, and which of them are in the slice."""
+    chunk = tl.arange(0, CHUNK)[:, None] * BLOCK
+    column = start + chunk + tl.arange(0, BLOCK)[None, :]
+    if WIDTH > 0:
+        address = pointer + column
+    else:
+        address = pointer + column * class_stride
+    return column, address, column < last
+
+
+@triton.jit
+def slice_stats(
+    row_logits, label, class_weights, first, last, class_stride,
+    WIDTH: tl.constexpr, SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.constexpr,
+    ACC: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Statistics of the classes [first, last) of a row, the label left out."""
+    zero = tl.zeros([BLOCK], ACC)
+    lanes = (zero - float("inf"), zero, zero, zero, zero, zero, zero, zero)
+    for start in range(first, last, CHUNK * BLOCK):
+        column, address, inside = tile_of(row_logits, start, last, class_stride, WIDTH, CHUNK, BLOCK)
+        z = tl.load(address, mask=inside, other=-float("inf")).to(ACC)
+        u = 0.0
+        if WEIGHTED:
+            u = tl.load(class_weights + column, mask=inside, other=0.0)
+        tile = row_stats_of(tl.where(column == label, -float("inf"), z), u, SQUARES, MOMENTS, WEIGHTED, 0)
+        lanes = merge(lanes, tile, SQUARES, MOMENTS, WEIGHTED)
+    return merge_all(lanes, SQUARES, MOMENTS, WEIGHTED, 0)
+
+
+@triton.jit
+def write_gradient(
+    row_logits, row_grad, label, class_weights, first, last, class_stride, grad_class, coefficients,
+    WIDTH: tl.constexpr, SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.constexpr,
+    ACC: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the classes [first, last) of a row, last tile first: it was read last and is still in the cache."""
+    a, b, c, offset, smooth, label_gradient, top = coefficients
+    tiles = tl.cdiv(last - first, CHUNK * BLOCK)
+    for i in range(0, tiles):
+        start = first + (tiles - 1 - i) * (CHUNK * BLOCK)
+        column, address, inside = tile_of(row_logits, start, last, class_stride, WIDTH, CHUNK, BLOCK)
+        z = tl.load(address, mask=inside, other=-float("inf"), eviction_policy="evict_first").to(ACC)
+        u = 0.0
+        if WEIGHTED:
+            u = tl.load(class_weights + column, mask=inside, other=0.0)
+        g = class_gradient(
+            z, column == label, u, a, b, c, offset, smooth, label_gradient, top, SQUARES, MOMENTS, WEIGHTED
+        )
+        _, grad_address, _ = tile_of(row_grad, start, last, grad_class, WIDTH, CHUNK, BLOCK)
+        tl.store(grad_address, g.to(row_grad.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def write_zeros(
+    row_grad, first, last, grad_class,
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    for start in range(first, last, CHUNK * BLOCK):
+        _, address, inside = tile_of(row_grad, start, last, grad_class, WIDTH, CHUNK, BLOCK)
+        tl.store(address, tl.zeros([CHUNK, BLOCK], tl.float32).to(row_grad.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def label_of(labels, row, classes, ignore_index):
+    """A row's label, whether the row counts, and whether the label is a class."""
+    y = tl.load(labels + row)
+    valid = y != ignore_index
+    return y, valid, valid & (y >= 0) & (y < classes)
+
+
+@triton.jit
+def slice_end(last, classes, valid, WIDTH: tl.constexpr):
+    """The end of a slice as a 32-bit index; 0 for an ignored row."""
+    end = tl.where(valid, tl.minimum(last, classes), 0).to(tl.int32)
+    if WIDTH > 0:
+        end = end // WIDTH * WIDTH  # tells the compiler what it is a multiple of
+    return end
+
+
+@triton.jit
+def save_stats(saved, at, stats):
+    for i in tl.static_range(SAVED):
+        tl.store(saved + at * SAVED + i, stats[i])
+
+
+@triton.jit
+def saved_stats(saved, row, slices, SLICES_BLOCK: tl.constexpr):
+    """Statistics of every slice of a row, as vectors; those of slices that do not exist are empty."""
+    part = tl.arange(0, SLICES_BLOCK)
+    at = saved + (row * slices + part) * SAVED
+    exists = part < slices
+    M = tl.load(at, mask=exists, other=-float("inf"))
+    A1 = tl.load(at + 1, mask=exists, other=0.0)
+    A2 = tl.load(at + 2, mask=exists, other=0.0)
+    h = tl.load(at + 3, mask=exists, other=0.0)
+    V = tl.load(at + 4, mask=exists, other=0.0)
+    n = tl.load(at + 5, mask=exists, other=0.0)
+    U = tl.load(at + 6, mask=exists, other=0.0)
+    weighted_depth = tl.load(at + 7, mask=exists, other=0.0)
+    return M, A1, A2, h, V, n, U, weighted_depth
+
+
+@triton.jit
+def label_logit_of(row_logits, y, valid, known, class_stride, ACC: tl.constexpr):
+    """z_y; NaN for a label that is no class, 0 for an ignored row."""
+    at = tl.where(known, y, 0) * class_stride
+    logit = tl.load(row_logits + at, mask=known, other=float("nan")).to(ACC)
+    return tl.where(valid, logit, 0.0)
+
+
+@jit
+def row_kernel(
+    logits,
+    labels,  # int64 (rows,)
+    class_weights,  # ACC (classes,) or None
+    tau,  # ACC, tau of row i at i * tau_step, or None: tau_value
+    upstream,  # ACC, upstream gradient of row i at i * upstream_step, or None: 1
+    parts,  # float64 (num_parts,), with MEAN == FROM_PARTS
+    denominator,  # out: float64 (1,), or None
+    saved,  # out: ACC (rows, SAVED), or None
+    grad,  # out, or None
+    losses,  # out: float64 (rows,), or None
+    row_losses,  # out: ACC (rows,), or None
+    reports,  # out: ACC (3, rows): cross-entropy, distance, margin, or None
+    tau_grad,  # out: ACC (rows,), or None
+    rows: tl.int64,
+    classes: tl.int64,
+    ignore_index: tl.int64,
+    inner: tl.int64,
+    outer_stride: tl.int64,
+    inner_stride: tl.int64,
+    class_stride: tl.int64,
+    grad_outer: tl.int64,
+    grad_inner: tl.int64,
+    grad_class: tl.int64,
+    tau_step: tl.int64,
+    upstream_step: tl.int64,
+    num_parts: tl.int64,
+    tau_value: tl.float64,
+    q: tl.float64,
+    scale: tl.float64,
+    margin: tl.float64,
+    smoothing: tl.float64,
+    TRUTH: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    MEAN: tl.constexpr,
+    SKIP: tl.constexpr,  # return at once where the upstream gradient is 1
+    FLAT: tl.constexpr,  # rows are outer_stride apart
+    WIDTH: tl.constexpr,  # adjacent classes that may be read as one word; 0 where classes are not adjacent
+    ACC: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    if SKIP:
+        if tl.load(upstream) == 1.0:
+            return
+    SQUARES: tl.constexpr = needs_squares(DISTANCE)
+    WEIGHTED: tl.constexpr = SMOOTH and class_weights is not None
+    MOMENTS: tl.constexpr = needs_moments(DISTANCE) or SMOOTH
+
+    row = tl.program_id(0).to(tl.int64)
+    if WIDTH > 0:
+        outer_stride = outer_stride // WIDTH * WIDTH
+        grad_outer = grad_outer // WIDTH * WIDTH
+    y, valid, known = label_of(labels, row, classes, ignore_index)
+    row_logits = logits + row_start(row, inner, outer_stride, inner_stride, FLAT)
+    end = slice_end(classes, classes, valid, WIDTH)  # an ignored row is not read
+    stats = slice_stats(
+        row_logits, y, class_weights, 0, end, class_stride, WIDTH, SQUARES, MOMENTS, WEIGHTED, ACC, CHUNK, BLOCK
+    )
+    if saved is not None:
+        save_stats(saved, row, stats)
+    label_logit = label_logit_of(row_logits, y, valid, known, class_stride, ACC)
+    divisor = mean_denominator(labels, class_weights, parts, num_parts, rows, classes, ignore_index, MEAN)
+    loss, gradient = finished_rows(
+        stats, label_logit, row, valid, y, tau, tau_value, tau_step, class_weights, classes, ignore_index,
+        q, scale, margin, smoothing, row_losses, reports, tau_grad, rows, row >= 0, TRUTH, DISTANCE, SMOOTH, ACC,
+    )  # fmt: skip
+    if losses is not None:
+        tl.store(losses + row, loss.to(tl.float64))
+    if denominator is not None:
+        tl.store(denominator, divisor, mask=row == 0)
+    if grad is not None:
+        row_grad = grad + row_start(row, inner, grad_outer, grad_inner, FLAT)
+        coefficients = scaled_gradient(gradient, stats, row, upstream, upstream_step, divisor, row >= 0, ACC)
+        write_gradient(
+            row_logits, row_grad, y, class_weights, 0, end, class_stride, grad_class, coefficients,
+            WIDTH, SQUARES, MOMENTS, WEIGHTED, ACC, CHUNK, BLOCK,
+        )  # fmt: skip
+        write_zeros(row_grad, end, slice_end(classes, classes, row >= 0, WIDTH), grad_class, WIDTH, CHUNK, BLOCK)
+
+
+@jit
+def stats_kernel(
+    logits,
+    labels,  # int64 (rows,)
+    class_weights,  # ACC (classes,) or None
+    saved,  # out: ACC (rows, slices, SAVED)
+    rows: tl.int64,
+    classes: tl.int64,
+    ignore_index: tl.int64,
+    inner: tl.int64,
+    outer_stride: tl.int64,
+    inner_stride: tl.int64,
+    class_stride: tl.int64,
+    slices: tl.int64,
+    slice_size: tl.int64,
+    DISTANCE: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    FLAT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ACC: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    SQUARES: tl.constexpr = needs_squares(DISTANCE)
+    WEIGHTED: tl.constexpr = SMOOTH and class_weights is not None
+    MOMENTS: tl.constexpr = needs_moments(DISTANCE) or SMOOTH
+
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    if WIDTH > 0:
+        outer_stride = outer_stride // WIDTH * WIDTH
+    y, valid, _ = label_of(labels, row, classes, ignore_index)
+    first = slice_end(part * slice_size, classes, valid, WIDTH)
+    last = slice_end((part + 1) * slice_size, classes, valid, WIDTH)
+    row_logits = logits + row_start(row, inner, outer_stride, inner_stride, FLAT)
+    stats = slice_stats(
+        row_logits, y, class_weights, first, last, class_stride, WIDTH, SQUARES, MOMENTS, WEIGHTED, ACC, CHUNK, BLOCK
+    )
+    save_stats(saved, row * slices + part, stats)
+
+
+@jit
+def gradient_kernel(
+    logits,
+    labels,  # int64 (rows,)
+    class_weights,  # ACC (classes,) or None
+    tau,  # ACC, tau of row i at i * tau_step, or None: tau_value
+    upstream,  # ACC, upstream gradient of row i at i * upstream_step, or None: 1
+    parts,  # float64 (num_parts,), with MEAN == FROM_PARTS
+    denominator,  # out: float64 (1,), or None
+    saved,  # ACC (rows, slices, SAVED)
+    grad,  # out, or None
+    losses,  # out: float64 (rows,), or None
+    row_losses,  # out: ACC (rows,), or None
+    reports,  # out: ACC (3, rows): cross-entropy, distance, margin, or None
+    tau_grad,  # out: ACC (rows,), or None
+    rows: tl.int64,
+    classes: tl.int64,
+    ignore_index: tl.int64,
+    inner: tl.int64,
+    outer_stride: tl.int64,
+    inner_stride: tl.int64,
+    class_stride: tl.int64,
+    grad_outer: tl.int64,
+    grad_inner: tl.int64,
+    grad_class: tl.int64,
+    tau_step: tl.int64,
+    upstream_step: tl.int64,
+    num_parts: tl.int64,
+    slices: tl.int64,
+    slice_size: tl.int64,  # of the gradient, which may be cut otherwise
+    tau_value: tl.float64,
+    q: tl.float64,
+    scale: tl.float64,
+    margin: tl.float64,
+    smoothing: tl.float64,
+    TRUTH: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    MEAN: tl.constexpr,
+    SKIP: tl.constexpr,  # return at once where the upstream gradient is 1
+    FLAT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ACC: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SLICES_BLOCK: tl.constexpr,  # >= slices
+):
+    if SKIP:
+        if tl.load(upstream) == 1.0:
+            return
+    SQUARES: tl.constexpr = needs_squares(DISTANCE)
+    WEIGHTED: tl.constexpr = SMOOTH and class_weights is not None
+    MOMENTS: tl.constexpr = needs_moments(DISTANCE) or SMOOTH
+
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    if WIDTH > 0:
+        outer_stride = outer_stride // WIDTH * WIDTH
+        grad_outer = grad_outer // WIDTH * WIDTH
+    y, valid, known = label_of(labels, row, classes, ignore_index)
+    row_logits = logits + row_start(row, inner, outer_stride, inner_stride, FLAT)
+    stats = merge_all(saved_stats(saved, row, slices, SLICES_BLOCK), SQUARES, MOMENTS, WEIGHTED, 0)
+    label_logit = label_logit_of(row_logits, y, valid, known, class_stride, ACC)
+    divisor = mean_denominator(labels, class_weights, parts, num_parts, rows, classes, ignore_index, MEAN)
+    loss, gradient = finished_rows(
+        stats, label_logit, row, valid, y, tau, tau_value, tau_step, class_weights, classes, ignore_index,
+        q, scale, margin, smoothing, row_losses, reports, tau_grad, rows, part == 0, TRUTH, DISTANCE, SMOOTH, ACC,
+    )  # fmt: skip
+    if losses is not None:
+        tl.store(losses + row, loss.to(tl.float64), mask=part == 0)
+    if denominator is not None:
+        tl.store(denominator, divisor, mask=(row == 0) & (part == 0))
+    if grad is not None:
+        row_grad = grad + row_start(row, inner, grad_outer, grad_inner, FLAT)
+        coefficients = scaled_gradient(gradient, stats, row, upstream, upstream_step, divisor, row >= 0, ACC)
+        first = slice_end(part * slice_size, classes, row >= 0, WIDTH)
+        last = slice_end((part + 1) * slice_size, classes, row >= 0, WIDTH)
+        middle = tl.where(valid, last, first)  # nothing of an ignored row is read
+        if WIDTH > 0:
+            middle = middle // WIDTH * WIDTH
+        write_gradient(
+            row_logits, row_grad, y, class_weights, first, middle, class_stride, grad_class, coefficients,
+            WIDTH, SQUARES, MOMENTS, WEIGHTED, ACC, CHUNK, BLOCK,
+        )  # fmt: skip
+        write_zeros(row_grad, middle, last, grad_class, WIDTH, CHUNK, BLOCK)

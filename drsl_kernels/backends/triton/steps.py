@@ -1,0 +1,173 @@
+"""Steps that the Triton kernels share: labels and the mean, from statistics to losses, and gradients.
+
+Also the two small kernels that run before and after, where one program does not see every row. Sums are taken in an
+order that never varies, and a label that is out of range is never used as an index. ACC is the dtype of the
+statistics. Relies on row_loss.py for the mathematics; few_classes.py and many_classes.py rely on it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .row_loss import row_loss
+
+# How the mean's denominator comes about (`MEAN` of the kernels)
+NO_MEAN: tl.constexpr = tl.constexpr(0)
+FROM_LABELS: tl.constexpr = tl.constexpr(1)  # every program sums the class weights of all labels itself
+FROM_PARTS: tl.constexpr = tl.constexpr(2)  # it is the sum of `parts`, of which there may be one
+
+COUNT_BLOCK: tl.constexpr = tl.constexpr(1024)
+
+# Integers that must not be compiled in: they change from batch to batch.
+COUNTS = ("rows", "classes", "ignore_index", "inner", "num_parts", "tau_step", "upstream_step", "slices", "slice_size")
+STRIDES = ("outer_stride", "inner_stride", "class_stride", "grad_outer", "grad_inner", "grad_class")
+VALUES = ("tau_value", "q", "scale", "margin", "smoothing")
+jit = triton.jit(do_not_specialize=[*COUNTS, *STRIDES, *VALUES])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Labels, weights, and what the mean divides by
+
+
+@triton.jit
+def weights_of(labels, class_weights, classes, ignore_index):
+    """u_y of each label: 0 for ignored ones, 1 for those out of range."""
+    counts = labels != ignore_index
+    weight = tl.where(counts, 1.0, 0.0)
+    if class_weights is not None:
+        known = counts & (labels >= 0) & (labels < classes)
+        weight = tl.load(class_weights + labels, mask=known, other=1.0)
+        weight = tl.where(counts, weight, 0.0)
+    return weight
+
+
+@triton.jit
+def summed_label_weights(labels, class_weights, first, last, step, rows, classes, ignore_index):
+    """Sum over labels [first, last), COUNT_BLOCK at a time in steps of `step`."""
+    total = tl.zeros([COUNT_BLOCK], tl.float64)
+    for start in range(first, last, step):
+        row = start + tl.arange(0, COUNT_BLOCK)
+        y = tl.load(labels + row, mask=row < rows, other=ignore_index)
+        total += weights_of(y, class_weights, classes, ignore_index).to(tl.float64)
+    return tl.sum(total, axis=0)
+
+
+@jit
+def label_weights_kernel(
+    labels,  # int64 (rows,)
+    class_weights,  # (classes,) or None
+    parts,  # out: float64 (programs,), which add up to the denominator
+    rows: tl.int64,
+    classes: tl.int64,
+    ignore_index: tl.int64,
+):
+    program = tl.program_id(0)
+    first = program.to(tl.int64) * COUNT_BLOCK
+    step = tl.num_programs(0) * COUNT_BLOCK
+    total = summed_label_weights(labels, class_weights, first, rows, step, rows, classes, ignore_index)
+    tl.store(parts + program, total)
+
+
+@triton.jit
+def mean_denominator(labels, class_weights, parts, num_parts, rows, classes, ignore_index, MEAN: tl.constexpr):
+    if MEAN == FROM_LABELS:
+        total = summed_label_weights(labels, class_weights, 0, rows, COUNT_BLOCK, rows, classes, ignore_index)
+    elif MEAN == FROM_PARTS:
+        part = tl.arange(0, 256)
+        total = tl.sum(tl.load(parts + part, mask=part < num_parts, other=0.0), axis=0)
+    else:
+        total = tl.full((), 1.0, tl.float64)
+    return total
+
+
+@jit
+def sum_kernel(losses, denominator, total, count: tl.int64, BLOCK: tl.constexpr):
+    """total = sum of losses[0:count] / denominator, in float64 and always in the same order."""
+    lanes = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        lanes += tl.load(losses + at, mask=at < count, other=0.0)
+    result = tl.sum(lanes, axis=0)
+    if denominator is not None:
+        result /= tl.load(denominator)
+    tl.store(total, result.to(total.dtype.element_ty))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Rows
+
+
+@triton.jit
+def row_start(row, inner, outer_stride, inner_stride, FLAT: tl.constexpr):
+    """Offset of a row: row i has the indices (i // inner, i % inner), and with FLAT there is only the first."""
+    if FLAT:
+        offset = row * outer_stride
+    else:
+        offset = (row // inner) * outer_stride + (row % inner) * inner_stride
+    return offset
+
+
+@triton.jit
+def finished_rows(
+    stats, label_logit, row, valid, y, tau, tau_value, tau_step, class_weights, classes, ignore_index,
+    q, scale, margin, smoothing, row_losses, reports, tau_grad, rows, write,
+    TRUTH: tl.constexpr, DISTANCE: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Losses of rows, their gradient coefficients, and what is reported of them. Elementwise over rows."""
+    weight = weights_of(y, class_weights, classes, ignore_index).to(ACC)
+    if tau is None:
+        strength = tl.zeros_like(label_logit) + tl.full((), tau_value, ACC)
+    else:
+        strength = tl.load(tau + row * tau_step, mask=valid, other=0.0)
+    report, gradient = row_loss(
+        stats, label_logit, strength, weight,
+        tl.full((), q, ACC), tl.full((), scale, ACC), tl.full((), margin, ACC), tl.full((), smoothing, ACC),
+        TRUTH, DISTANCE, SMOOTH,
+    )  # fmt: skip
+    loss = tl.where(valid, report[0], 0.0)
+    if row_losses is not None:
+        tl.store(row_losses + row, loss, mask=write)
+    if reports is not None:
+        for i in tl.static_range(3):
+            tl.store(reports + i * rows + row, tl.where(valid, report[i + 1], 0.0), mask=write)
+    if tau_grad is not None:
+        tl.store(tau_grad + row, tl.where(valid, report[2] * weight, 0.0), mask=write)
+    return loss, gradient
+
+
+@triton.jit
+def scaled_gradient(gradient, stats, row, upstream, upstream_step, denominator, write, ACC: tl.constexpr):
+    """Coefficients over exp(z - M) instead of r, times the upstream gradient, divided by the denominator."""
+    a, b, c, d, smooth, label = gradient
+    M, A1, _, h, _, _, _, _ = stats
+    factor = tl.where(denominator == 0.0, 0.0, 1.0 / denominator).to(ACC)
+    if upstream is not None:
+        factor = factor * tl.load(upstream + row * upstream_step, mask=write, other=0.0)
+    inverse = 1.0 / tl.where(A1 == 0.0, 1.0, A1)
+    flat = c == 0.0  # then the moments do not count, even if they overflowed
+    c = c * factor
+    offset = tl.where(flat, 0.0, c * h) - d * factor
+    top = tl.where(M == -float("inf"), 0.0, M)
+    return a * factor * inverse, b * factor * inverse * inverse, c, offset, smooth * factor, label * factor, top
+
+
+@triton.jit
+def class_gradient(
+    z, is_label, u, a, b, c, offset, smooth, label, top,
+    SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """Gradient at classes with logits z, from the coefficients of `scaled_gradient` (of the same rank)."""
+    e = tl.exp(z - top)
+    g = e * a
+    if SQUARES:
+        g = e * (a + b * e)
+    if MOMENTS:
+        # Where c is 0 the distance from the maximum does not count, even if it is infinite.
+        step = tl.where(c == 0.0, 0.0, c * (z - top)) + offset
+        if WEIGHTED:
+            step -= smooth * u
+        else:
+            step -= smooth
+        g += tl.where(z == -float("inf"), 0.0, step)
+    return tl.where(is_label, label, g)

@@ -1,0 +1,155 @@
+"""Compiles the Triton kernels for a GPU that need not be there, and prints what came out of it as JSON.
+
+    python tests/triton_compile.py cuda:90
+
+One line per kernel and configuration of the launch tables: spilled bytes, shared memory, widest global load and store
+in bytes. A script of its own because Triton decides at its import whether it compiles or interprets, and the tests
+interpret. test_triton_compile.py runs it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from drsl_kernels.backends.triton.few_classes import rows_kernel
+from drsl_kernels.backends.triton.launch import OPTIONS, few_classes_shape, tile_shape
+from drsl_kernels.backends.triton.many_classes import gradient_kernel, row_kernel, stats_kernel
+from drsl_kernels.backends.triton.steps import label_weights_kernel, sum_kernel
+
+ELEMENTS = {"bf16": 2, "fp32": 4, "fp64": 8}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class Case(NamedTuple):
+    """A kernel with its compile-time arguments; `present` are the types of the optional pointers that are not None."""
+
+    name: str
+    kernel: Any
+    present: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+    bytes_per_access: int  # that the aligned path must reach; 0 where nothing is asked
+
+
+def cases() -> Iterator[Case]:
+    losses = {"losses": "*fp64", "denominator": "*fp64", "total": "*fp32"}
+    yield Case("sum", sum_kernel, losses, {"BLOCK": 2048}, 8, 0)
+    weights = {"labels": "*i64", "class_weights": "*fp32", "parts": "*fp64"}
+    yield Case("label_weights", label_weights_kernel, weights, {}, 4, 0)
+    for element in ELEMENTS:
+        yield from cases_of(element)
+
+
+def cases_of(element: str) -> Iterator[Case]:
+    itemsize = ELEMENTS[element]
+    acc = "fp64" if itemsize == 8 else "fp32"
+    grid = [(classes, rows) for classes in (10, 64, 250, 1000, 2000, 4000, 8000) for rows in (1, 65536)]
+    for load, truth, distance, smooth in (("light", 0, 1, False), ("heavy", 1, 3, True)):
+        present = {
+            "logits": f"*{element}",
+            "labels": "*i64",
+            "grad": f"*{element}",
+            "parts": "*fp64",
+            "denominator": "*fp64",
+            "losses": "*fp64",
+            "saved": f"*{acc}",
+        }
+        if load == "heavy":
+            present |= {"class_weights": f"*{acc}", "tau": f"*{acc}", "reports": f"*{acc}", "upstream": f"*{acc}"}
+        constants = {
+            "TRUTH": truth,
+            "DISTANCE": distance,
+            "SMOOTH": smooth,
+            "MEAN": 2,
+            "SKIP": load == "heavy",
+            "FLAT": True,
+            "ACC": getattr(tl, acc.replace("fp", "float")),
+            "SLICES_BLOCK": 64,
+        }
+        for aligned in (True, False):
+            tile = tile_shape(itemsize, aligned)
+            constants |= {"WIDTH": 16 // itemsize if aligned else 0, "CHUNK": tile.chunk, "BLOCK": tile.block}
+            wanted = 16 if aligned else 0
+            name = f"{element} {load} {'aligned' if aligned else 'strided'}"
+            shapes = dict.fromkeys(few_classes_shape(classes, rows, itemsize, aligned) for classes, rows in grid)
+            for shape in shapes:
+                if shape is not None:
+                    blocks = {"BLOCK_R": shape.rows, "BLOCK_C": shape.columns}
+                    label = f"rows {shape.rows}x{shape.columns} {name}"
+                    yield Case(label, rows_kernel, present, constants | blocks, shape.warps, wanted)
+            for kernel in (row_kernel, stats_kernel, gradient_kernel):
+                yield Case(f"{kernel.fn.__name__} {name}", kernel, present, constants, tile.warps, wanted)
+
+
+def compiled(case: Case, target: GPUTarget) -> Any:
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for i, parameter in enumerate(case.kernel.params):
+        name = parameter.name
+        if parameter.annotation_type:
+            signature[name] = parameter.annotation_type
+        elif name in case.present:
+            signature[name] = case.present[name]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "constexpr"
+            constants[(i,)] = case.constants[name] if parameter.is_constexpr else None
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=target, options={"num_warps": case.warps, **OPTIONS})
+
+
+def nvidia_report(kernel: Any, folder: Path) -> dict[str, int]:
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    command = [str(CUOBJDUMP), "-res-usage", str(cubin)]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True)
+    facts = dict(re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", usage.stdout + usage.stderr))
+    widths = {"ld": 0, "st": 0}
+    for access, count, bits in re.findall(r"\b(ld|st)\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)", kernel.asm["ptx"]):
+        widths[access] = max(widths[access], int(count or 1) * int(bits) // 8)
+    return {
+        "spilled": int(facts["STACK"]) + int(facts["LOCAL"]),
+        "registers": int(facts["REG"]),
+        "load": widths["ld"],
+        "store": widths["st"],
+    }
+
+
+def amd_report(kernel: Any) -> dict[str, int]:
+    text = kernel.asm["amdgcn"]
+    words = {"": 4, "x2": 8, "x3": 12, "x4": 16}
+    widths = {"load": 0, "store": 0}
+    for access, count in re.findall(r"\b(?:global|buffer|flat)_(load|store)_dword(x\d)?\b", text):
+        widths[access] = max(widths[access], words[count])
+    counts = {name: int(value) for name, value in re.findall(r"\.(\w+(?:_count|_fixed_size)):\s*(\d+)", text)}
+    # What scalar registers do not hold goes into lanes of vector registers, not into memory.
+    spilled = counts["vgpr_spill_count"] + counts["private_segment_fixed_size"]
+    return {"spilled": spilled, "registers": counts["vgpr_count"], **widths}
+
+
+def main(name: str) -> None:
+    backend, arch = name.split(":")
+    target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
+    with tempfile.TemporaryDirectory() as folder:
+        for case in cases():
+            kernel = compiled(case, target)
+            report = nvidia_report(kernel, Path(folder)) if backend == "cuda" else amd_report(kernel)
+            facts = {"name": case.name, "wanted": case.bytes_per_access, "stores": "stats_kernel" not in case.name}
+            print(json.dumps(facts | report | {"shared": kernel.metadata.shared}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
