@@ -29,6 +29,10 @@ settings.load_profile("repeatable")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if find_spec("triton") is not None and os.environ["TRITON_INTERPRET"] == "1":
+        import interpreter
+
+        interpreter.speed_up()
     config.addinivalue_line("markers", "every_capability: runs again for each instruction set of the CPU kernels")
     config.addinivalue_line("markers", "backends(*names): the only backends to run on")
 

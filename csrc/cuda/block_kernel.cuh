@@ -34,7 +34,6 @@ struct Segment {
     grad = call.grad ? call.grad + at.grad + begin * grad_stride : nullptr;
     label = label_number >= first && label_number < first + classes ? label_number - first : -1;
     head = logits_stride == 1 ? to_alignment(logits) : classes;
-    head = head < classes ? head : classes;
     packs = (classes - head) / W;
     singles = classes - packs * W;
     store_packs = grad && grad_stride == 1 && to_alignment(grad) == to_alignment(logits);

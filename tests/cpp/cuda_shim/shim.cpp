@@ -107,14 +107,7 @@ class Block {
     }
     failed_ = false;
     running_ = threads_;
-    for (bool any = true; any && running_ > 0 && !failed_;) {
-      any = false;
-      arrange(turns_, threads_);
-      for (const int i : turns_) {
-        if (state_[i] != State::ready || failed_) continue;
-        any = true;
-        resume(i);
-      }
+    while (running_ > 0 && !failed_ && (settings.order == Order::shuffled ? run_warps() : run_round(0, threads_))) {
     }
     if (running_ > 0 && !failed_) report_waiting();
     if (failed_) stacks_.forget_frames();
@@ -154,7 +147,7 @@ class Block {
   Fiber thread_, fibers_[kMaxThreads];
   State state_[kMaxThreads];
   Exchange exchanges_[kWarps];
-  std::vector<int> turns_;
+  std::vector<int> turns_, warp_turns_;
   std::unique_ptr<char[]> shared_;
   size_t shared_bytes_ = 0;
   int threads_ = 0, running_ = 0, at_barrier_ = 0, current_ = 0;
@@ -170,6 +163,27 @@ class Block {
     --running_;
     state_[current_] = State::done;
     Fiber::go(fibers_[current_], thread_, true);
+  }
+
+  // Each of these threads that can run has its turn; false if none could.
+  bool run_round(int first, int count) {
+    bool any = false;
+    arrange(turns_, count);
+    for (const int turn : turns_) {
+      if (state_[first + turn] != State::ready || failed_) continue;
+      any = true;
+      resume(first + turn);
+    }
+    return any;
+  }
+
+  bool run_warps() {
+    bool any = false;
+    arrange(warp_turns_, threads_ / kWarp);
+    for (const int warp : warp_turns_) {
+      while (run_round(warp * kWarp, kWarp)) any = true;
+    }
+    return any;
   }
 
   void resume(int i) {

@@ -5,7 +5,8 @@
 
 namespace cuda_shim {
 
-// In which order threads that can run are resumed. A kernel without a race computes the same bits in every order.
+// In which order threads that can run are resumed: all of a block in turn, from the first or from the last, or one warp
+// at random as far as it gets, and then another. A kernel without a race computes the same bits in every order.
 enum class Order { forward, backward, shuffled };
 
 // Settings and counts belong to the calling thread.
