@@ -112,7 +112,7 @@ def compiled(source: Path) -> tuple[Kernel, ...]:
     """All kernels of a file, on all architectures."""
     folder = ROOT / "build" / "nvcc" / f"{source.stem}-{content_hash(source)}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder.with_suffix(".lock")):
+    with locked(folder.with_name(f"{source.stem}.lock")):
         if not folder.exists():
             forget_older(folder)
             compile_into(folder, source)

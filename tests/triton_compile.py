@@ -100,6 +100,8 @@ def compiled(case: Case, target: GPUTarget) -> Any:
     for i, parameter in enumerate(case.kernel.params):
         name = parameter.name
         if parameter.annotation_type:
+            # A number that is compiled in would have the kernel compiled again for the next batch.
+            assert parameter.do_not_specialize, f"{case.name}: {name}"
             signature[name] = parameter.annotation_type
         elif name in case.present:
             signature[name] = case.present[name]

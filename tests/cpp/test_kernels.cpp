@@ -1,49 +1,13 @@
 // csrc/cpu's kernels, for every instruction set that this build holds and this processor has: all losses, storage
 // formats, layouts and optional arguments against row_loss.h in double (kernel_truth.h), on buffers of exact size.
-#include <sys/mman.h>
-#include <unistd.h>
-
-#include <csignal>
-#include <cstdlib>
-
-#include "check.h"
-#include "kernel_problem.h"
-#include "kernel_truth.h"
+#include "kernel_checks.h"
 
 namespace {
 
 using namespace drsl;
 
-constexpr Truth kTruths[] = {Truth::ce, Truth::gce, Truth::mae, Truth::log_odds};
-constexpr Distance kDistances[] = {Distance::none,        Distance::uniform,
-                                   Distance::non_target,  Distance::non_target_logits,
-                                   Distance::conditional, Distance::kl};
-constexpr Place kPlaces[] = {Place::heap, Place::before_guard, Place::after_guard};
-
 // ---------------------------------------------------------------------------------------------------------
 // One problem
-
-char running[400];  // the problem at hand, for messages
-
-void describe(const Kernels& kernels, const Problem& p, Kind kind, Place place) {
-  const Choice& c = p.choice;
-  std::snprintf(
-      running, sizeof(running),
-      "%s %s: %d rows, %d classes, layout %d, place %d, truth %d, distance %d, smoothing %g, scale %g, margin %g, "
-      "class weights %d, tau per row %d, gradient %d, upstream stride %d, outputs %d",
-      kernels.name, name_of(c.dtype), int(p.task.rows), int(p.task.classes), int(kind), int(place), int(c.truth),
-      int(c.distance), c.smoothing, c.scale, c.margin, c.class_weights, c.tau_rows, c.grad, c.upstream_stride,
-      int(c.outputs));
-}
-
-#if !defined(__SANITIZE_ADDRESS__)
-// A guard page was touched: say by which problem.
-void on_fault(int) {
-  const char text[] = "memory outside of a buffer was touched by\n";
-  if (write(2, text, sizeof(text) - 1) < 0 || write(2, running, std::strlen(running)) < 0) std::abort();
-  std::signal(SIGSEGV, SIG_DFL);
-}
-#endif
 
 double run(const Kernels& kernels, const Problem& p, int64_t begin, int64_t end) {
   Buffer scratch(kernels.scratch_bytes(p.task), Place::heap, 64);
@@ -54,63 +18,12 @@ double run(const Kernels& kernels, const Problem& p, int64_t begin, int64_t end)
   return sum;
 }
 
-// Outputs of rows outside [begin, end), and memory between the gradients of rows, are as they were before.
-void check_untouched(const Problem& p, int64_t begin, int64_t end) {
-  const Task& t = p.task;
-  const auto untouched = [](const void* data, int64_t size, int64_t i) {
-    const unsigned char* const bytes = static_cast<const unsigned char*>(data) + i * size;
-    return std::all_of(bytes, bytes + size, [](int byte) { return byte == kUntouched; });
-  };
-  for (const void* out : {t.loss, t.cross_entropy, t.distance_out, t.margin_out, t.tau_grad}) {
-    if (!out) continue;
-    for (int64_t row = 0; row < t.rows; ++row) {
-      CHECK(untouched(out, size_of(p.acc), row) == (row < begin || row >= end), "row %d of %s", int(row), running);
-    }
-  }
-  if (!t.grad) return;
-  std::vector<char> written(size_t(p.layout.grad.extent), 0);
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t first = p.layout.offset(p.layout.grad, row);
-    for (int64_t k = 0; k < t.classes; ++k) written[size_t(first + k * p.layout.grad.class_stride)] = 1;
-  }
-  for (size_t i = 0; i < written.size(); ++i) {
-    CHECK(written[i] || untouched(t.grad, size_of(t.dtype), int64_t(i)), "gradient element %d of %s", int(i), running);
-  }
-}
-
-void check_value(const Problem& p, const void* out, int64_t row, const ExpectedRow& want, const Expected& expected,
-                 const char* what) {
-  if (!out) return;
-  const double got = get(p.acc, out, row), value = want.counts && want.any_nan ? NAN : expected.value;
-  CHECK(check::close(got, value, expected.slack), "%s of row %d: %.12g, not %.12g +- %.2g; %s", what, int(row), got,
-        value, expected.slack, running);
-}
-
-void check_gradient(const Problem& p, int64_t row, const ExpectedRow& want) {
-  if (!p.task.grad) return;
-  const int64_t first = p.layout.offset(p.layout.grad, row);
-  for (int64_t k = 0; k < p.task.classes; ++k) {
-    const double got = get(p.choice.dtype, p.task.grad, first + k * p.layout.grad.class_stride);
-    const auto [value, slack] = want.grad[size_t(k)];
-    if (want.counts && want.any_nan) {
-      const bool masked = p.logit(row, k) == -kInf && k != p.task.labels[row];
-      CHECK(std::isnan(got) || (masked && got == 0), "row %d with NaN, class %d: %g; %s", int(row), int(k), got,
-            running);
-    } else if (p.choice.dtype == DType::float16 && std::fabs(value) + slack >= 65504) {
-      CHECK(got * value > 0, "gradient too large for float16: %g; %s", got, running);
-    } else {
-      CHECK(check::close(got, value, slack), "gradient of row %d, class %d (label %d): %.12g, not %.12g +- %.2g; %s",
-            int(row), int(k), int(p.task.labels[row]), got, value, slack, running);
-    }
-  }
-}
-
 // The whole task at once, then again in pieces: the same bits.
 void check_problem(const Kernels& kernels, check::Random& random, const Choice& choice, Kind kind, int64_t rows,
                    int64_t classes) {
   const Place place = random.pick(kPlaces);
   Problem p(random, choice, make_layout(random, kind, rows, classes), classes, place);
-  describe(kernels, p, kind, place);
+  describe(kernels.name, p, kind, place);
 
   p.clear_outputs();
   const double sum = run(kernels, p, 0, rows);
@@ -118,11 +31,7 @@ void check_problem(const Kernels& kernels, check::Random& random, const Choice& 
   double want_sum = 0, sum_slack = 0;
   for (int64_t row = 0; row < rows; ++row) {
     const ExpectedRow want = expected_row(p, row);
-    check_value(p, p.task.loss, row, want, want.loss, "loss");
-    check_value(p, p.task.cross_entropy, row, want, want.cross_entropy, "cross entropy");
-    check_value(p, p.task.distance_out, row, want, want.distance, "distance");
-    check_value(p, p.task.margin_out, row, want, want.margin, "margin");
-    check_value(p, p.task.tau_grad, row, want, want.tau_grad, "gradient to tau");
+    check_values(p, row, want);
     check_gradient(p, row, want);
     want_sum += want.counts && want.any_nan ? NAN : want.loss.value;
     sum_slack += want.loss.slack;
@@ -140,31 +49,6 @@ void check_problem(const Kernels& kernels, check::Random& random, const Choice& 
     CHECK(check::close(pieces, sum, 1e-12 * double(rows) * std::fabs(sum) + 1e-12), "sum of the pieces; %s", running);
   }
   CHECK(p.inputs_unchanged(), "an input was written; %s", running);
-}
-
-Choice random_choice(check::Random& random, DType dtype) {
-  constexpr double kSpreads[] = {0.5, 3, 20}, kOffsets[] = {0, 0, 0, 100, -1e4};
-  constexpr double kShares[] = {0, 0, 0.1, 0.5};
-  Choice c;
-  c.dtype = dtype;
-  c.truth = random.pick(kTruths);
-  c.distance = random.pick(kDistances);
-  c.smoothing = c.truth == Truth::ce && random.chance(0.4) ? random.uniform(0.01, 1) : 0;
-  c.q = random.uniform(0.05, 1);
-  if (random.chance(0.3)) c.scale = random.uniform(0.5, 2);
-  if (random.chance(0.3)) c.margin = random.uniform(-1, 1);
-  c.class_weights = random.chance(0.4);
-  c.tau_rows = random.chance(0.4);
-  c.grad = random.chance(0.8);
-  c.upstream_stride = int(random.below(3)) - 1;
-  c.outputs = random.chance(0.6) ? 31 : random.bits() % 32;
-  c.ignored = random.pick(kShares);
-  c.masked = random.pick(kShares);
-  c.nan = random.pick(kShares) / 2;
-  c.spread = random.pick(kSpreads);
-  c.offset = random.pick(kOffsets);
-  c.ignore_index = random.chance(0.5) ? -100 : random.below(3);
-  return c;
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -227,7 +111,7 @@ void test_huge_logits(const Kernels& kernels, DType dtype, int64_t classes) {
     c.dtype = dtype;
     c.distance = distance;
     Problem p(random, c, make_layout(random, Kind::contiguous, 2, classes), classes, Place::before_guard);
-    describe(kernels, p, Kind::contiguous, Place::before_guard);
+    describe(kernels.name, p, Kind::contiguous, Place::before_guard);
     void* const logits = const_cast<void*>(p.task.logits);
     int64_t* const labels = const_cast<int64_t*>(p.task.labels);
     for (int64_t i = 0; i < 2 * classes; ++i) put(dtype, logits, i, -huge);
@@ -248,25 +132,6 @@ void test_huge_logits(const Kernels& kernels, DType dtype, int64_t classes) {
     }
   }
 }
-
-// A matrix with more than 2^31 elements between rows or between classes; only the pages in use become memory.
-class FarMatrix {
- public:
-  FarMatrix(int64_t elements) : bytes_(size_t(elements) * sizeof(float)) {
-    data_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  }
-  ~FarMatrix() {
-    if (*this) munmap(data_, bytes_);
-  }
-  FarMatrix(const FarMatrix&) = delete;
-  FarMatrix& operator=(const FarMatrix&) = delete;
-  explicit operator bool() const { return data_ != MAP_FAILED; }
-  float* data() { return static_cast<float*>(data_); }
-
- private:
-  size_t bytes_;
-  void* data_;
-};
 
 void test_far_apart(const Kernels& kernels, int64_t classes, bool far_classes) {
   constexpr int64_t kRows = 3, kFar = (int64_t(1) << 31) + 5;
@@ -337,9 +202,7 @@ void test_scan_labels(const Kernels& kernels) {
 }  // namespace
 
 int main() {
-#if !defined(__SANITIZE_ADDRESS__)
-  std::signal(SIGSEGV, on_fault);
-#endif
+  name_problem_on_fault();
   CHECK(!kernels_for("sse9") && !kernels_for(""), "an unknown instruction set has no kernels");
   CHECK(kernels_for("baseline"));
   setenv("DRSL_KERNELS_CPU_CAPABILITY", "baseline", 1);

@@ -20,7 +20,18 @@ FROM_PARTS: tl.constexpr = tl.constexpr(2)  # it is the sum of `parts`, of which
 COUNT_BLOCK: tl.constexpr = tl.constexpr(1024)
 
 # Integers that must not be compiled in: they change from batch to batch.
-COUNTS = ("rows", "classes", "ignore_index", "inner", "num_parts", "tau_step", "upstream_step", "slices", "slice_size")
+COUNTS = (
+    "count",
+    "rows",
+    "classes",
+    "ignore_index",
+    "inner",
+    "num_parts",
+    "tau_step",
+    "upstream_step",
+    "slices",
+    "slice_size",
+)
 STRIDES = ("outer_stride", "inner_stride", "class_stride", "grad_outer", "grad_inner", "grad_class")
 VALUES = ("tau_value", "q", "scale", "margin", "smoothing")
 jit = triton.jit(do_not_specialize=[*COUNTS, *STRIDES, *VALUES])
