@@ -37,6 +37,26 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "backends(*names): the only backends to run on")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-interpreted", action="store_true", help="run every case of Triton's interpreter")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of the large grids, Triton's slow interpreter gets every fifth case.
+
+    Five has no factor in common with the number of dtypes, distances, truths or reductions, so all of them come up.
+    """
+    if config.getoption("--all-interpreted"):
+        return
+    grids: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and "triton" in item.name.partition("[")[2]:
+            grids.setdefault(f"{item.path}:{item.originalname}", []).append(item)
+    left_out = {item for grid in grids.values() if len(grid) > 20 for i, item in enumerate(grid) if i % 5}
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
+
+
 # Two workers of the suite share the machine; tests of threading ask for more (`two_threads`).
 torch.set_num_threads(1)
 

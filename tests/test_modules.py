@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
+import subprocess
+import sys
 from importlib.util import find_spec
 from typing import Any
 
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 from truth import DISTANCES, loss_and_gradient
 
 import drsl_kernels
-from drsl_kernels import DRSLLoss, fused_drsl_loss
+from drsl_kernels import DRSLLoss, backends, fused_drsl_loss
 
 WEIGHT = torch.tensor([0.5, 2.0, 1.0, 0.75, 3.0])
 ARGUMENTS: list[dict[str, Any]] = [
@@ -117,6 +120,32 @@ def test_module_hooks(backend: str) -> None:
     z, y = batch()
     module(z.requires_grad_(), y).backward()
     assert torch.equal(seen[0], z.grad)
+
+
+def test_environment_names_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    z, y = batch()
+    monkeypatch.setattr(backends, "ENVIRONMENT", "reference")
+    assert backends.choose(z, None) is drsl_kernels.reference.softmax_loss
+    assert backends.choose(z, "cpp") is not drsl_kernels.reference.softmax_loss  # what a call says counts more
+    monkeypatch.setattr(backends, "ENVIRONMENT", "cuda")
+    with pytest.raises(RuntimeError, match=r"DRSL_KERNELS_BACKEND=cuda is not usable: .+"):
+        fused_drsl_loss(z, y, 0.5)
+    # Inside torch.func and its like, calls that leave the backend open go through the reference as ever.
+    torch.func.grad(lambda z: fused_drsl_loss(z, y, 0.5))(z)
+    monkeypatch.setattr(backends, "ENVIRONMENT", "numpy")
+    with pytest.raises(ValueError, match=r"DRSL_KERNELS_BACKEND must be one of 'cpp', .*, got 'numpy'"):
+        fused_drsl_loss(z, y, 0.5)
+
+
+def test_environment_is_read() -> None:
+    code = "from drsl_kernels import backends; print(backends.ENVIRONMENT)"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"DRSL_KERNELS_BACKEND": "reference"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout.strip() == "reference", result.stderr
 
 
 def test_info_names_every_backend() -> None:
