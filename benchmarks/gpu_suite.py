@@ -10,7 +10,8 @@ Needs Python, torch, triton, nvcc and no network. Stages, each in processes of i
 
 A stage that fails or runs out of time is reported, and the next ones run. DIR gets results.json (kept up to date while
 the suite runs), results.csv, a picture per regime, suite.log and what ncu printed; the targets come last on standard
-output. The exit status is 1 if a stage failed. `--dry-run` does all of it on the CPU: tiny sizes, Triton's interpreter,
+output. The exit status is 1 if a stage failed, and 130 if Ctrl-C or SIGTERM ended the suite, which still writes and
+prints what there is. `--dry-run` does all of it on the CPU: tiny sizes, Triton's interpreter,
 recorded output of the tools that need a GPU. Its figures mean nothing and say so.
 
 Relies on the modules of benchmarks/gpu/.
@@ -22,17 +23,17 @@ import argparse
 import datetime
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gpu import report, store
-from gpu.tools import ROOT, Result, find_tool, parse_junit, parse_ncu, parse_sanitizer, run
+from gpu.tools import ROOT, Result, find_tool, parse_junit, parse_ncu, parse_sanitizer, run_together
 
 BENCHMARKS = Path(__file__).parent
 SAMPLES = BENCHMARKS / "gpu" / "samples"
@@ -67,15 +68,20 @@ class Suite:
 
     def run(self, command: list[str | Path], seconds: float, **env: str) -> Result:
         """Run a command with the package and this folder on Python's path; its output goes into the log."""
+        return self.run_together([command], seconds, **env)[0]
+
+    def run_together(self, commands: list[list[str | Path]], seconds: float, **env: str) -> list[Result]:
+        """The same for commands at the same time."""
         path = os.pathsep.join([str(ROOT), str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])])
         env |= {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "KINETO_LOG_LEVEL": "99"}
         env |= {"TRITON_INTERPRET": "1" if self.dry_run else "0"}
         if self.dry_run:
             env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        result = run(command, seconds=min(seconds, self.end - time.monotonic()), env=env)
+        results = run_together(commands, seconds=min(seconds, self.end - time.monotonic()), env=env)
         with (self.out / "suite.log").open("a") as log:
-            log.write(f"$ {' '.join(map(str, command))}\n{result.output}\n[{result.failure or 'done'}]\n\n")
-        return result
+            for command, result in zip(commands, results, strict=True):
+                log.write(f"$ {' '.join(map(str, command))}\n{result.output}\n[{result.failure or 'done'}]\n\n")
+        return results
 
     def module(self, name: str, *options: str | Path) -> list[str | Path]:
         return [sys.executable, "-m", f"gpu.{name}", *options]
@@ -93,9 +99,9 @@ class Outcome:
 def main() -> None:
     """Run the stages, write the results, print the targets."""
     options = arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt, as Ctrl-C
     budgets = {**(DRY_BUDGETS if options.dry_run else BUDGETS), **dict(options.budget)}
     suite = Suite(options.out.resolve(), options.dry_run, budgets, time.monotonic() + sum(budgets.values()))
-    suite.out.mkdir(parents=True, exist_ok=True)
     for old in (store.NAME, "suite.log"):
         (suite.out / old).unlink(missing_ok=True)
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
@@ -103,17 +109,24 @@ def main() -> None:
     store.update(suite.out, about=about, dry_run=suite.dry_run, date=now, stages={})
 
     stages: dict[str, Any] = {}
+    interrupted = False
     for name in ("build", "machine", *BUDGETS):
         if name in stages or name not in ("machine", *options.stage):
             continue
         begin = time.monotonic()
-        outcome = STAGES[name](suite)
+        try:
+            outcome = STAGES[name](suite)
+        except KeyboardInterrupt:
+            interrupted = True
+            outcome = Outcome("interrupted")
         seconds = round(time.monotonic() - begin, 1)
         stages[name] = {"failure": outcome.failure, "note": outcome.note, "seconds": seconds}
         store.update(suite.out, stages=stages, **(outcome.found or {}))
         print(f"{name:<9} {seconds:6.1f} s  {outcome.failure or 'ok'}  {outcome.note}".rstrip(), flush=True)
+        if interrupted:
+            break
     finish(suite, options.commit)
-    sys.exit(1 if any(stage["failure"] for stage in stages.values()) else 0)
+    sys.exit(130 if interrupted else any(stage["failure"] for stage in stages.values()))
 
 
 def arguments() -> argparse.Namespace:
@@ -125,13 +138,20 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--commit", help="the project's commit, where the sources are here without git")
     parser.add_argument("--dry-run", action="store_true", help="all of it on the CPU; the figures mean nothing")
-    return parser.parse_args()
+    options = parser.parse_args()
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {options.out}: no folder can be made there: {error.strerror}")
+    if not os.access(options.out, os.W_OK | os.X_OK):
+        parser.error(f"--out {options.out}: the folder is not writable")
+    return options
 
 
 def stage_names(text: str) -> list[str]:
     names = text.split(",")
-    if unknown := set(names) - set(BUDGETS):
-        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: expected some of {','.join(BUDGETS)}")
+    if not set(names) <= set(BUDGETS):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected some of {','.join(BUDGETS)}")
     return names
 
 
@@ -146,9 +166,8 @@ def finish(suite: Suite, commit: str | None) -> None:
     """The targets into results.json, the CSV, the pictures, and the table on standard output."""
     results = store.read(suite.out)
     rows = report.targets(results)
-    if commit:
-        results["versions"]["commit"] = commit
-    results = store.update(suite.out, targets=rows, versions=results.get("versions"))
+    versions = results.get("versions", {}) | ({"commit": commit} if commit else {})
+    results = store.update(suite.out, targets=rows, versions=versions)
     report.write_csv(results, suite.out / "results.csv")
     drawn = report.draw(results, suite.out)
     if not drawn:
@@ -219,11 +238,9 @@ def sanitize(suite: Suite) -> Outcome:
     seconds = suite.budgets["sanitize"]
     program = suite.module("exercise", "--mode=sanitize", f"--device={suite.device}", f"--seconds={0.6 * seconds}")
 
-    def inspect(name: str, part: int) -> Result:
-        """Without caching, each tensor is an allocation of its own, whose ends the tool knows."""
+    def command(name: str, part: int) -> list[str | Path]:
         options: list[str | Path] = [str(tool), "--tool", name, "--report-api-errors", "no", "--print-limit", "10"]
-        command = [*options, *program, f"--part={part}/{SANITIZE_PARTS}"]
-        return suite.run(command, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        return [*options, *program, f"--part={part}/{SANITIZE_PARTS}"]
 
     if suite.dry_run:
         result = suite.run(program, seconds)
@@ -233,8 +250,9 @@ def sanitize(suite: Suite) -> Outcome:
         results = [Result(0, (SAMPLES / f"{name}.txt").read_text()) for name in SANITIZERS]
     else:
         jobs = [(name, part) for name in SANITIZERS for part in range(SANITIZE_PARTS)]
-        with ThreadPoolExecutor(len(jobs)) as pool:
-            results = list(pool.map(lambda job: inspect(*job), jobs))
+        # Without caching, each tensor is an allocation of its own, whose ends the tool knows.
+        commands = [command(*job) for job in jobs]
+        results = suite.run_together(commands, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     found = [
         {"tool": name, "part": part, **parse_sanitizer(r.output), "failure": r.failure, "done": exercised(r)}
         for (name, part), r in zip(jobs, results, strict=True)

@@ -269,7 +269,7 @@ void run_on_cpu(const Kernels& cpu, const Task& task, const Config& config, doub
 
 #ifdef DRSL_WITH_CUDA
 
-void* current_stream(at::Device device) {
+void* current_stream([[maybe_unused]] at::Device device) {
 #ifdef DRSL_CUDA_ON_HOST
   return nullptr;
 #else

@@ -127,8 +127,9 @@ struct SoftmaxLossBackward : torch::autograd::Node {
     const Tensor like = tau.unpack();
     Tensor rows = tau_grad * upstream.to(tau_grad.scalar_type()).reshape({-1}) * grad_scale;
     if (denominator.defined()) {
-      // The mean over no row at all is NaN, but nothing depends on it.
-      rows = at::where(denominator == 0, at::zeros({}, rows.options()), (rows / denominator).to(rows.scalar_type()));
+      // Where no row counts the loss is NaN, but nothing depends on it.
+      const Tensor ignored = y.unpack().reshape({-1}) == config.ignore_index;
+      rows = at::where(ignored, at::zeros({}, rows.options()), (rows / denominator).to(rows.scalar_type()));
     }
     return (like.dim() == 0 ? rows.sum() : rows.reshape(like.sizes())).to(like.options());
   }

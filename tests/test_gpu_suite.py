@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +56,37 @@ def test_a_stage_that_runs_out_of_time_does_not_stop_the_next(tmp_path: Path) ->
     assert not stages["profile"]["failure"]
 
 
-@pytest.mark.parametrize("options", [["--stage", "tests"], ["--budget", "bench=long"], ["--budget", "x=1"]])
+@pytest.mark.parametrize(
+    "options", [["--stage", "tests"], ["--stage", ","], ["--budget", "bench=long"], ["--budget", "x=1"]]
+)
 def test_wrong_options_are_refused(options: list[str], tmp_path: Path) -> None:
     done = suite(tmp_path / "out", *options)
     assert done.returncode == 2
     assert "expected" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_results_need_a_folder(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for out in (file, file / "below"):
+        done = suite(out)
+        assert done.returncode == 2
+        assert f"error: --out {out}: " in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_suite_writes_what_there_is(which: signal.Signals, tmp_path: Path) -> None:
+    command = [sys.executable, BENCHMARKS / "gpu_suite.py", "--out", tmp_path, "--dry-run", "--stage", "bench"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        wait_until(lambda: (tmp_path / "results.json").exists())
+        process.send_signal(which)
+        printed = process.communicate()[0]
+    assert process.returncode == 130
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["stages"]["machine"]["failure"] == "interrupted"
+    assert results["targets"]
+    assert any(line.startswith("target") for line in printed.splitlines())
 
 
 def test_a_command_that_takes_too_long_is_ended_with_its_children() -> None:
@@ -67,8 +95,19 @@ def test_a_command_that_takes_too_long_is_ended_with_its_children() -> None:
     script = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
     result = run([sys.executable, "-c", script], seconds=3)
     assert result.failure == "stopped at its time limit"
-    child = Path("/proc", result.output.strip(), "stat")
-    assert not child.exists() or child.read_text().split()[2] == "Z"
+    assert has_ended(result.output)
+
+
+def test_an_interrupted_command_is_ended_with_its_children(tmp_path: Path) -> None:
+    child = tmp_path / "child"
+    inner = f"sleep 60 & echo $! > {child}.part; mv {child}.part {child}; wait"
+    script = f"from gpu.tools import run; run(['sh', '-c', {inner!r}], seconds=60)"
+    with subprocess.Popen([sys.executable, "-c", script], cwd=BENCHMARKS, stderr=subprocess.PIPE) as process:
+        wait_until(child.exists)
+        process.send_signal(signal.SIGINT)
+        process.communicate()
+    assert process.returncode != 0
+    assert has_ended(child.read_text())
 
 
 def test_reading_compute_sanitizer() -> None:
@@ -195,6 +234,18 @@ def check_the_table_comes_last(printed: str, out: Path, results: dict[str, Any])
     start = next(i for i, line in enumerate(lines) if line.startswith("target"))
     assert len(lines) - start - 1 == len(results["targets"])
     assert not any("met" in line.lower().split() for line in lines[start + 1 :])  # a dry run meets and misses nothing
+
+
+def has_ended(pid: str) -> bool:
+    status = Path("/proc", pid.strip(), "stat")
+    return not status.exists() or status.read_text().split()[2] == "Z"
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def table(out: Path) -> list[dict[str, str]]:

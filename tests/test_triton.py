@@ -134,6 +134,31 @@ def test_more_dimensions_than_the_kernels_know() -> None:
     torch.testing.assert_close(got, run(z.contiguous(), y, 0.3, distance="uniform", backend="triton"))
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_any_view(seed: int) -> None:
+    """Sliced, expanded, permuted: the gradient's layout is not always that of the logits."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(most: int) -> int:
+        return int(torch.randint(1, most + 1, (), generator=generator))
+
+    dims = 2 + draw(2)
+    z = random_logits(*(1 if draw(3) == 1 else draw(3) + 1 for _ in range(dims)), seed=seed)
+    z = z[..., : max(1, z.shape[-1] - 1)].expand([n if n > 1 else draw(3) for n in z[..., :-1].shape[:-1]] + [-1])
+    z = z.permute(*torch.randperm(dims, generator=generator).tolist())
+    y = random_labels(z.shape[0], *z.shape[2:], classes=z.shape[1])
+    got = run(z, y, 0.3, distance="kl", reduction="sum", backend="triton")
+    torch.testing.assert_close(got, run(z.contiguous(), y, 0.3, distance="kl", reduction="sum", backend="triton"))
+
+
+@pytest.mark.parametrize("stride", [(3, 6, 1, 0, 6), (18, 0, 6, 1, 2)])
+def test_overlapping_views(stride: tuple[int, ...]) -> None:
+    z = random_logits(3000).as_strided((2, 2, 3, 2, 1), stride)
+    y = random_labels(2, 3, 2, 1, classes=2)
+    got = run(z, y, 0.3, distance="uniform", backend="triton")
+    torch.testing.assert_close(got, run(z.contiguous(), y, 0.3, distance="uniform", backend="triton"))
+
+
 def test_second_derivative() -> None:
     z, y = random_logits(3, 4, dtype=torch.float64).requires_grad_(), random_labels(3, classes=4)
 

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from drsl_kernels.backends.triton.few_classes import rows_kernel
-from drsl_kernels.backends.triton.launch import OPTIONS, few_classes_shape, tile_shape
+from drsl_kernels.backends.triton.launch import few_classes_shape, options, tile_shape
 from drsl_kernels.backends.triton.many_classes import gradient_kernel, row_kernel, stats_kernel
 from drsl_kernels.backends.triton.steps import label_weights_kernel, sum_kernel
 
@@ -43,16 +43,16 @@ class Case(NamedTuple):
     bytes_per_access: int  # that the aligned path must reach; 0 where nothing is asked
 
 
-def cases() -> Iterator[Case]:
+def cases(lanes: int) -> Iterator[Case]:
     losses = {"losses": "*fp64", "denominator": "*fp64", "total": "*fp32"}
     yield Case("sum", sum_kernel, losses, {"BLOCK": 2048}, 8, 0)
     weights = {"labels": "*i64", "class_weights": "*fp32", "parts": "*fp64"}
-    yield Case("label_weights", label_weights_kernel, weights, {}, 4, 0)
+    yield Case("label_weights", label_weights_kernel, weights, {"BLOCK": 1024}, 4, 0)
     for element in ELEMENTS:
-        yield from cases_of(element)
+        yield from cases_of(element, lanes)
 
 
-def cases_of(element: str) -> Iterator[Case]:
+def cases_of(element: str, lanes: int) -> Iterator[Case]:
     itemsize = ELEMENTS[element]
     acc = "fp64" if itemsize == 8 else "fp32"
     grid = [(classes, rows) for classes in (10, 64, 250, 1000, 2000, 4000, 8000) for rows in (1, 65536)]
@@ -79,11 +79,11 @@ def cases_of(element: str) -> Iterator[Case]:
             "SLICES_BLOCK": 64,
         }
         for aligned in (True, False):
-            tile = tile_shape(itemsize, aligned)
+            tile = tile_shape(itemsize, 16 // itemsize if aligned else 0)
             constants |= {"WIDTH": 16 // itemsize if aligned else 0, "CHUNK": tile.chunk, "BLOCK": tile.block}
             wanted = 16 if aligned else 0
             name = f"{element} {load} {'aligned' if aligned else 'strided'}"
-            shapes = dict.fromkeys(few_classes_shape(classes, rows, itemsize, aligned) for classes, rows in grid)
+            shapes = dict.fromkeys(few_classes_shape(classes, rows, itemsize, aligned, lanes) for classes, rows in grid)
             for shape in shapes:
                 if shape is not None:
                     blocks = {"BLOCK_R": shape.rows, "BLOCK_C": shape.columns}
@@ -91,6 +91,23 @@ def cases_of(element: str) -> Iterator[Case]:
                     yield Case(label, rows_kernel, present, constants | blocks, shape.warps, wanted)
             for kernel in (row_kernel, stats_kernel, gradient_kernel):
                 yield Case(f"{kernel.fn.__name__} {name}", kernel, present, constants, tile.warps, wanted)
+        # What a run of other arguments compiles: the mean's labels counted on the spot, classes that are pairs or odd,
+        # rows in two dimensions, the loss alone.
+        for width, flat in ((2, True), (1, True), (1, False)):
+            tile = tile_shape(itemsize, width)
+            constants |= {"WIDTH": width, "FLAT": flat, "MEAN": 1, "CHUNK": tile.chunk, "BLOCK": tile.block}
+            forward = {pointer: of for pointer, of in present.items() if pointer not in ("grad", "upstream")}
+            for some, what in ((present, ""), (forward, " forward")):
+                name = f"{element} {load}{what} width {width}{'' if flat else ' two strides'}"
+                counting = constants | ({"SKIP": False} if what else {})
+                batches = ((10, 128), (10, 65536), (100, 128), (1000, 256))
+                for shape in dict.fromkeys(few_classes_shape(*batch, itemsize, flat, lanes) for batch in batches):
+                    assert shape is not None
+                    blocks = {"BLOCK_R": shape.rows, "BLOCK_C": shape.columns}
+                    label = f"rows {shape.rows}x{shape.columns} {name}"
+                    yield Case(label, rows_kernel, some, counting | blocks, shape.warps, 0)
+                if width == 1:
+                    yield Case(f"row_kernel {name}", row_kernel, some, counting, tile.warps, 0)
 
 
 def compiled(case: Case, target: GPUTarget) -> Any:
@@ -110,7 +127,9 @@ def compiled(case: Case, target: GPUTarget) -> Any:
             signature[name] = "constexpr"
             constants[(i,)] = case.constants[name] if parameter.is_constexpr else None
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options={"num_warps": case.warps, **OPTIONS})
+    return triton.compile(
+        source, target=target, options=options(case.warps, case.kernel is rows_kernel, hip=target.backend == "hip")
+    )
 
 
 def nvidia_report(kernel: Any, folder: Path) -> dict[str, int]:
@@ -146,7 +165,7 @@ def main(name: str) -> None:
     backend, arch = name.split(":")
     target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
     with tempfile.TemporaryDirectory() as folder:
-        for case in cases():
+        for case in cases(target.warp_size):
             kernel = compiled(case, target)
             report = nvidia_report(kernel, Path(folder)) if backend == "cuda" else amd_report(kernel)
             facts = {"name": case.name, "wanted": case.bytes_per_access, "stores": "stats_kernel" not in case.name}

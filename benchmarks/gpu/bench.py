@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -288,11 +288,15 @@ def warm_in_processes(options: argparse.Namespace, seconds: float) -> set[str]:
             f"--device={options.device}",
             "--seconds=0",
         ]
-        processes = [subprocess.Popen([*command, f"--warm={i}/{workers}"], stdout=output) for i in range(workers)]
-        for process in processes:
-            try:
-                process.wait(max(end - time.monotonic(), 0))
-            except subprocess.TimeoutExpired:
+        processes: list[subprocess.Popen[bytes]] = []
+        try:
+            for i in range(workers):
+                processes.append(subprocess.Popen([*command, f"--warm={i}/{workers}"], stdout=output))
+            for process in processes:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(max(end - time.monotonic(), 0))
+        finally:  # interrupted or not
+            for process in processes:
                 process.kill()
                 process.wait()
         output.seek(0)

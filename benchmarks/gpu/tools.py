@@ -14,11 +14,12 @@ import signal
 import subprocess
 import sysconfig
 import tempfile
+import time
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).parents[2]
 GRACE = 5  # seconds
@@ -41,34 +42,66 @@ class Result:
 
 def run(command: Sequence[str | Path], *, seconds: float, env: dict[str, str] | None = None) -> Result:
     """Run a command, and end it with all of its children when the time is over: first as by Ctrl-C, so that it can
-    write what it has, after some seconds by force.
+    write what it has, after some seconds by force. The same when this process is interrupted meanwhile.
     """
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
-        process = subprocess.Popen(
-            list(map(str, command)),
-            cwd=ROOT,
-            env={**os.environ, **(env or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # its own process group, which is what is ended
-        )
+    return run_together([command], seconds=seconds, env=env)[0]
+
+
+def run_together(
+    commands: Sequence[Sequence[str | Path]], *, seconds: float, env: dict[str, str] | None = None
+) -> list[Result]:
+    """Run commands at the same time, each as `run` does."""
+    end = time.monotonic() + seconds
+    processes: list[subprocess.Popen[str]] = []
+    with contextlib.ExitStack() as files:
+        outputs = [files.enter_context(tempfile.TemporaryFile("w+", errors="replace")) for _ in commands]
         try:
-            status: int | None = process.wait(max(seconds, 0))
-        except subprocess.TimeoutExpired:
-            status = None
-            _end(process)
-        output.seek(0)
-        return Result(status, output.read())
+            processes.extend(_start(command, output, env) for command, output in zip(commands, outputs, strict=True))
+            statuses = [_wait(process, end) for process in processes]
+        finally:
+            _end([process for process in processes if process.poll() is None])
+        for output in outputs:
+            output.seek(0)
+        return [Result(status, output.read()) for status, output in zip(statuses, outputs, strict=True)]
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    os.killpg(process.pid, signal.SIGINT)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(GRACE)
+def _start(command: Sequence[str | Path], output: IO[str], env: dict[str, str] | None) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        list(map(str, command)),
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # its own process group, which is what is ended
+        text=True,
+    )
+
+
+def _wait(process: subprocess.Popen[str], end: float) -> int | None:
+    """The exit status; None if the process has not ended by then."""
+    try:
+        return process.wait(max(end - time.monotonic(), 0))
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _end(processes: Sequence[subprocess.Popen[str]]) -> None:
+    try:
+        for process in processes:
+            _signal(process, signal.SIGINT)
+        end = time.monotonic() + GRACE
+        for process in processes:
+            _wait(process, end)
+    finally:  # at once when interrupted again
+        for process in processes:
+            _signal(process, signal.SIGKILL)
+            process.wait()
+
+
+def _signal(process: subprocess.Popen[str], which: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):  # none of the group is left
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        os.killpg(process.pid, which)
 
 
 def find_tool(name: str) -> Path | None:

@@ -19,7 +19,6 @@ constexpr int64_t kLabelsPerWeightBlock = 2048, kMaxWeightBlocks = 256;
 
 constexpr int64_t kMaxBlocks = 8192;      // of the block kernel: each leaves a sum of losses
 constexpr int64_t kSliceClasses = 8192;   // at least, of a row that is split
-constexpr int64_t kOwnShared = 4096;      // bytes of shared memory that a block uses besides the logits, rounded up
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t clamp(int64_t x, int64_t low, int64_t high) { return std::max(low, std::min(x, high)); }
@@ -78,6 +77,7 @@ Plan make_plan(const DeviceTask& task, const Device& device) {
   const Task& t = task.task;
   Plan plan{};
   plan.slices = 1;
+  plan.shared_limit = std::max<int64_t>(device.shared_per_block - kOwnShared, 0);
   if (t.classes <= group_classes(accumulator_bytes(t.dtype)) || t.rows == 0) plan_groups(t, device, plan);
   else plan_blocks(task, device, plan);
 

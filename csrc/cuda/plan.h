@@ -41,12 +41,16 @@ constexpr int block_residents(size_t accumulator_bytes, bool moments) { return 3
 // Smoothing has a term in the mean logit, as some distances have.
 constexpr bool has_moments(const Task& t) { return t.smoothing > 0 || needs_moments(t.distance); }
 
+// Bytes of shared memory that a block uses besides what is asked for at the launch, rounded up.
+constexpr int64_t kOwnShared = 4096;
+
 // A task on a device.
 struct Plan {
   int shape;  // of the group kernel, in kGroupShapes; -1: the block kernel
   int threads;  // per block
   int64_t blocks;
   int64_t shared_bytes;  // dynamic shared memory per block
+  int64_t shared_limit;  // what it is at most, whatever the task
   int slices;  // parts that each row is split into
   int part_blocks;  // blocks of a kernel that finds the parts' statistics first; 0: none is needed
   int weight_blocks;  // blocks of a kernel that sums the label weights first; 0: none is needed

@@ -24,14 +24,15 @@ extern template const char* run_format<Half>(const DeviceTask&, const Plan&, cud
 // Launches in order, until one fails.
 class Launcher {
  public:
-  explicit Launcher(cudaStream_t stream) : stream_(stream) {}
+  Launcher(cudaStream_t stream, int64_t shared_limit) : stream_(stream), shared_limit_(shared_limit) {}
 
   template <class... P, class... A>
   void operator()(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, const A&... args) {
-    constexpr int64_t kAlwaysAllowed = 48 << 10;
+    constexpr int64_t kAlwaysAllowed = (48 << 10) - kOwnShared;
     if (error_ == cudaSuccess && shared_bytes > kAlwaysAllowed) {
+      // Not this launch's size: another thread's smaller one could come between here and the launch.
       error_ = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    int(shared_bytes));
+                                    int(shared_limit_));
     }
     if (error_ != cudaSuccess) return;
     cudaLaunchConfig_t config = {};
@@ -48,6 +49,7 @@ class Launcher {
 
  private:
   cudaStream_t stream_;
+  int64_t shared_limit_;
   cudaError_t error_ = cudaSuccess;
 };
 
@@ -154,7 +156,7 @@ template <class D>
 const char* run_format(const DeviceTask& task, const Plan& plan, cudaStream_t stream) {
   const Task& t = task.task;
   const Call<D> call = make_call<D>(task, plan);
-  Launcher launch(stream);
+  Launcher launch(stream, plan.shared_limit);
   if (plan.weight_blocks) {
     launch(weight_kernel<D>, plan.weight_blocks, kWeightThreads, 0, call, static_cast<double*>(task.scratch));
   }

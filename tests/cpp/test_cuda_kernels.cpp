@@ -60,6 +60,21 @@ void test_many_classes(DType dtype) {
   }
 }
 
+// Rows of about 48 KiB in shared memory, where what a block declares decides whether it must ask for more, and longer
+// ones. On a device that keeps them whole, and as many that no row is split.
+void test_shared_limit(DType dtype) {
+  check::Random random(42);
+  const int64_t width = dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+  for (const int64_t bytes : {44 << 10, 46 << 10, 48 << 10, 49 << 10, 60 << 10}) {
+    for (const Distance distance : {Distance::none, Distance::uniform}) {
+      Choice c;
+      c.dtype = dtype;
+      c.distance = distance;
+      check_problem(random, c, Kind::contiguous, 33, bytes / width, {3});
+    }
+  }
+}
+
 // Rows split over many blocks, and one block over many rows. float32 only: the formats differ in nothing of it.
 void test_large() {
   check::Random random(34);
@@ -264,6 +279,7 @@ int main() {
   test_far_apart(1100, 1, int64_t(1) << 22);
   test_large();
   for (const DType dtype : kDTypes) {
+    test_shared_limit(dtype);
     test_all_losses(dtype);
     test_few_classes(dtype);
     test_many_classes(dtype);

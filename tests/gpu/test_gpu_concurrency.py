@@ -158,6 +158,26 @@ def test_from_several_threads(device: torch.device, gpu_backend: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
 
 
+def test_long_rows_from_several_threads(device: torch.device, gpu_backend: str) -> None:
+    """Each with a need for shared memory of its own."""
+    if device.type == "cpu":
+        pytest.skip("Triton's interpreter serves one thread")
+
+    def work(classes: int) -> Tensor:
+        z, y = random_logits(150, classes).to(device), random_labels(150, classes=classes).to(device)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            results = [run(z, y, 0.5, distance="uniform", backend=gpu_backend)[1] for _ in range(100)]
+            assert all(torch.equal(results[0], other) for other in results)
+            return results[0].cpu()
+
+    lengths = [12288, 12500, 14000, 17000, 20000, 32000]
+    want = [work(classes) for classes in lengths]
+    with ThreadPoolExecutor(len(lengths)) as pool:
+        got = list(pool.map(work, lengths))
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
 @pytest.mark.parametrize("shape", [(33, 10), (3, 9001)], ids=["few", "many"])
 def test_on_a_device_that_is_not_the_current_one(
     shape: tuple[int, int], device: torch.device, gpu_backend: str

@@ -41,7 +41,7 @@ def test_every_dtype(
 
 # Around vectors, warps, tiles and slices
 @pytest.mark.parametrize(
-    "classes", [1, 2, 3, 31, 32, 33, 100, 127, 129, 1000, 1023, 1025, 2049, 4096, 4099, 8191, 8193, 16385, 50257]
+    "classes", [1, 2, 3, 31, 32, 33, 100, 127, 129, 1000, 1023, 1025, 2049, 4096, 4099, 8191, 8193, 12288, 16385, 50257]
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_sizes(dtype: str, classes: int, device: torch.device, gpu_backend: str) -> None:

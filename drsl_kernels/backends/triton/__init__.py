@@ -10,7 +10,6 @@ Relies on launch.py, `spec` and `reference`; `backends.choose` hands it out.
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,9 +19,9 @@ from torch import Tensor
 
 from ... import reference
 from ...spec import LossSpec, LossStats, check_tensors, class_dim, watches_operators
-from .launch import MAX_CLASSES, SAVED, Task, rows_of, run, saved_slices
+from .launch import MAX_CLASSES, SAVED, Task, is_laid_out, run, saved_slices
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+INTERPRETED: bool = triton.knobs.runtime.interpret
 VERSION: str = triton.__version__
 
 
@@ -43,7 +42,7 @@ def softmax_loss(
     if classes > MAX_CLASSES:
         raise NotImplementedError(f"logits have {classes} classes, backend='triton' takes at most {MAX_CLASSES}")
     logits = logits.resolve_neg()
-    if rows_of(logits) is None:
+    if not is_laid_out(logits):
         logits = logits.contiguous()
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     labels = y.resolve_neg().to(torch.int64).contiguous()
@@ -199,8 +198,8 @@ class _SoftmaxLoss(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 rows = ctx.tau_grad * upstream.to(ctx.tau_grad.dtype)
                 if ctx.denominator is not None:
-                    # No row counts: nothing depends on the loss, which is NaN.
-                    rows = torch.where(ctx.denominator == 0, 0.0, rows / ctx.denominator).to(rows.dtype)
+                    # Where no row counts the loss is NaN, but nothing depends on it.
+                    rows = torch.where(labels == ctx.spec.ignore_index, 0.0, rows / ctx.denominator).to(rows.dtype)
                 tau_grad = (rows.sum() if tau.dim() == 0 else rows.reshape(tau.shape)).to(tau)
         return logits_grad, tau_grad, *nothing
 

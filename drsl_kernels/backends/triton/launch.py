@@ -24,9 +24,10 @@ from .steps import label_weights_kernel, sum_kernel
 SAVED = 8  # statistics per slice, see many_classes.py
 NO_MEAN, FROM_LABELS, FROM_PARTS = 0, 1, 2  # see steps.py
 MAX_SLICES = 64
+MAX_PARTS = 32  # of the sum that the mean divides by, see steps.py
+LANES = 64 if torch.version.hip else 32  # of a warp
 LABEL_READS = 2**17  # more than this many labels, read by all programs together, are summed once beforehand
 MAX_CLASSES = 2**31 - 2**16  # column indices have 32 bits, the last tile included
-OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,13 @@ class Tile:
     warps: int
 
 
-def few_classes_shape(classes: int, rows: int, itemsize: int, adjacent: bool = True) -> Shape | None:
+def few_classes_shape(
+    classes: int, rows: int, itemsize: int, adjacent: bool = True, lanes: int = LANES
+) -> Shape | None:
     """The tile for so many classes; None where a row is too long for one.
 
-    `itemsize` is that of the logits, `adjacent` tells whether neighbouring classes are neighbours in memory. If not,
-    a thread holds parts of more rows, each of which needs registers for its loss.
+    `itemsize` is that of the logits, `adjacent` tells whether neighbouring classes are neighbours in memory and
+    rows one stride apart. If not, a thread holds parts of more rows, each of which needs registers for its loss.
     """
     columns = triton.next_power_of_2(max(classes, 16))
     # What a warp's registers hold without spilling, and the longest row. Addresses of scattered classes need registers.
@@ -63,16 +66,32 @@ def few_classes_shape(classes: int, rows: int, itemsize: int, adjacent: bool = T
         return None
     if adjacent and rows * columns <= 4 * per_warp:
         # The whole batch in one program: no other kernel has to run before or after it.
-        return Shape(4 * per_warp // columns, columns, 8)
+        return Shape(4 * per_warp // columns, columns, 8 * 32 // lanes)
     elements = max(columns, per_warp)
+    if columns <= 64 and adjacent:
+        # A lane holds parts of several short rows, and needs registers for the loss of each.
+        elements, warps = {2: (1024, 4), 4: (512, 4), 8: (128, 2)}[itemsize]
+        return Shape(elements // columns, columns, warps * 32 // lanes)
     return Shape(elements // columns, columns, min(elements // per_warp, 16))
 
 
-def tile_shape(itemsize: int, adjacent: bool = True) -> Tile:
-    """A thread reads 16 bytes at a time, and several times before it uses what it read."""
-    if not adjacent:
+def tile_shape(itemsize: int, width: int) -> Tile:
+    """A thread reads 16 bytes at a time, and several times before it uses what it read. For `width` see there."""
+    if width == 0:
         return Tile(2, 512 if itemsize == 8 else 1024, 8)
+    if width * itemsize < 16:
+        return Tile(4, 512 if itemsize == 8 else 1024, 8)
     return {2: Tile(4, 2048, 8), 4: Tile(4, 1024, 8), 8: Tile(4, 512, 8)}[itemsize]
+
+
+def options(warps: int, whole_rows: bool = False, hip: bool = torch.version.hip is not None) -> dict[str, Any]:
+    """How a kernel is compiled; `whole_rows` for `rows_kernel`.
+
+    That one NVIDIA's assembler, left alone, spills by a register or two to fit more programs in. The others are better
+    left alone.
+    """
+    chosen: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": True}
+    return chosen | {"maxnreg": min(255, 65536 // (32 * warps) // 8 * 8)} if whole_rows and not hip else chosen
 
 
 def slice_count(rows: int, classes: int, processors: int) -> int:
@@ -124,15 +143,26 @@ def rows_of(tensor: Tensor) -> Rows | None:
     return Rows(sizes[1], strides[0], strides[1], class_stride)
 
 
-def unified(x: Rows, y: Rows) -> tuple[Rows, Rows]:
-    """The two layouts with the same `inner`."""
+def unified(x: Rows, y: Rows) -> tuple[Rows, Rows] | None:
+    """The two layouts with the same `inner`; None where they step unevenly in different places."""
+    if x.inner != y.inner and not x.flat and not y.flat:
+        return None
     if x.inner == y.inner:
         return x, y
     if x.flat:
         x = Rows(y.inner, x.outer_stride * y.inner, x.outer_stride, x.class_stride)
-    elif y.flat:
+    else:
         y = Rows(x.inner, y.outer_stride * x.inner, y.outer_stride, y.class_stride)
     return x, y
+
+
+def is_laid_out(logits: Tensor) -> bool:
+    """Whether the kernels can address these logits, and a gradient like them."""
+    layout = rows_of(logits)
+    if layout is None or logits.dim() <= 2:
+        return layout is not None
+    grad_layout = rows_of(torch.empty_like(logits, device="meta"))
+    return grad_layout is not None and unified(layout, grad_layout) is not None
 
 
 def width(tensors: tuple[Tensor, ...], layouts: tuple[Rows, ...], classes: int) -> int:
@@ -187,7 +217,8 @@ def saved_slices(logits: Tensor) -> int:
     """How many sets of statistics per row a run keeps for a later one; 0 where the logits are read again instead."""
     classes = logits.shape[class_dim(logits)]
     rows = logits.numel() // max(classes, 1)
-    adjacent = classes == 1 or logits.stride(class_dim(logits)) == 1
+    layout = rows_of(logits)
+    adjacent = layout is not None and layout.flat and layout.class_stride == 1
     if few_classes_shape(classes, rows, logits.element_size(), adjacent) is not None:
         return 0
     return slice_count(rows, classes, processor_count(logits.device))
@@ -204,11 +235,13 @@ def run(task: Task) -> None:
     if grad is not None:
         own = rows_of(grad)
         assert own is not None
-        layout, grad_layout = unified(layout, own)
+        both = unified(layout, own)
+        assert both is not None
+        layout, grad_layout = both
     matrices = (logits,) if grad is None else (logits, grad)
     itemsize = logits.element_size()
     words = width(matrices, (layout, grad_layout)[: len(matrices)], classes)
-    shape = few_classes_shape(classes, rows, itemsize, adjacent=words > 0)
+    shape = few_classes_shape(classes, rows, itemsize, adjacent=words > 0 and layout.flat)
     slices = 1
     if shape is None:
         slices = slice_count(rows, classes, processor_count(logits.device))
@@ -263,12 +296,12 @@ def run(task: Task) -> None:
     if shape is not None:
         total = task.loss if losses is None else None
         rows_kernel[(programs,)](
-            **arguments, total=total, BLOCK_R=shape.rows, BLOCK_C=shape.columns, num_warps=shape.warps, **OPTIONS
+            **arguments, total=total, BLOCK_R=shape.rows, BLOCK_C=shape.columns, **options(shape.warps, whole_rows=True)
         )
     else:
         _run_long_rows(task, arguments, rows, classes, slices)
     if losses is not None:
-        sum_kernel[(1,)](losses, task.denominator, task.loss, losses.numel(), BLOCK=2048, num_warps=8, **OPTIONS)
+        sum_kernel[(1,)](losses, task.denominator, task.loss, losses.numel(), BLOCK=2048, **options(8))
 
 
 def _denominator_parts(task: Task, rows: int, classes: int, programs: int) -> tuple[Tensor | None, int, int]:
@@ -282,9 +315,12 @@ def _denominator_parts(task: Task, rows: int, classes: int, programs: int) -> tu
     count = min(256, triton.cdiv(rows, 1024))
     parts = torch.empty(count, dtype=torch.float64, device=task.logits.device)
     label_weights_kernel[(count,)](
-        task.labels, task.weight, parts, rows, classes, task.spec.ignore_index, num_warps=4, **OPTIONS
+        task.labels, task.weight, parts, rows, classes, task.spec.ignore_index, BLOCK=1024, **options(4)
     )
-    return parts, count, FROM_PARTS
+    if count <= MAX_PARTS:
+        return parts, count, FROM_PARTS
+    sum_kernel[(1,)](parts, None, task.denominator, count, BLOCK=256, **options(4))
+    return task.denominator, 1, FROM_PARTS
 
 
 STATS_ARGUMENTS = (
@@ -294,8 +330,8 @@ STATS_ARGUMENTS = (
 
 
 def _run_long_rows(task: Task, arguments: dict[str, Any], rows: int, classes: int, slices: int) -> None:
-    tile = tile_shape(task.logits.element_size(), adjacent=arguments["WIDTH"] > 0)
-    common: dict[str, Any] = dict(CHUNK=tile.chunk, BLOCK=tile.block, num_warps=tile.warps, **OPTIONS)
+    tile = tile_shape(task.logits.element_size(), arguments["WIDTH"])
+    common: dict[str, Any] = dict(CHUNK=tile.chunk, BLOCK=tile.block, **options(tile.warps))
     saved = task.saved
     if slices == 1 and not task.saved_known:
         row_kernel[(rows,)](**arguments, saved=saved, **common)

@@ -2,7 +2,7 @@
 
 Symbols and derivations stand there. Every function is elementwise over rows, but for those that end in `_of` (they
 reduce over classes) and `merge_all` (over parts of a row). Scalars of a call arrive in the dtype of the statistics.
-Relies on triton; kernels.py relies on it.
+Relies on triton; steps.py and the kernels rely on it.
 """
 
 from __future__ import annotations

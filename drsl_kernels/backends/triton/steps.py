@@ -17,7 +17,8 @@ NO_MEAN: tl.constexpr = tl.constexpr(0)
 FROM_LABELS: tl.constexpr = tl.constexpr(1)  # every program sums the class weights of all labels itself
 FROM_PARTS: tl.constexpr = tl.constexpr(2)  # it is the sum of `parts`, of which there may be one
 
-COUNT_BLOCK: tl.constexpr = tl.constexpr(1024)
+MAX_PARTS: tl.constexpr = tl.constexpr(32)
+COUNT_BLOCK: tl.constexpr = tl.constexpr(256)  # labels that a program which has other things to do sums at a time
 
 # Integers that must not be compiled in: they change from batch to batch.
 COUNTS = (
@@ -54,11 +55,11 @@ def weights_of(labels, class_weights, classes, ignore_index):
 
 
 @triton.jit
-def summed_label_weights(labels, class_weights, first, last, step, rows, classes, ignore_index):
-    """Sum over labels [first, last), COUNT_BLOCK at a time in steps of `step`."""
-    total = tl.zeros([COUNT_BLOCK], tl.float64)
-    for start in range(first, last, step):
-        row = start + tl.arange(0, COUNT_BLOCK)
+def summed_label_weights(labels, class_weights, first, step, rows, classes, ignore_index, BLOCK: tl.constexpr):
+    """Sum over labels from `first` on, BLOCK at a time in steps of `step`."""
+    total = tl.zeros([BLOCK], tl.float64)
+    for start in range(first, rows, step):
+        row = start + tl.arange(0, BLOCK)
         y = tl.load(labels + row, mask=row < rows, other=ignore_index)
         total += weights_of(y, class_weights, classes, ignore_index).to(tl.float64)
     return tl.sum(total, axis=0)
@@ -72,20 +73,21 @@ def label_weights_kernel(
     rows: tl.int64,
     classes: tl.int64,
     ignore_index: tl.int64,
+    BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
-    first = program.to(tl.int64) * COUNT_BLOCK
-    step = tl.num_programs(0) * COUNT_BLOCK
-    total = summed_label_weights(labels, class_weights, first, rows, step, rows, classes, ignore_index)
+    first = program.to(tl.int64) * BLOCK
+    step = tl.num_programs(0) * BLOCK
+    total = summed_label_weights(labels, class_weights, first, step, rows, classes, ignore_index, BLOCK)
     tl.store(parts + program, total)
 
 
 @triton.jit
 def mean_denominator(labels, class_weights, parts, num_parts, rows, classes, ignore_index, MEAN: tl.constexpr):
     if MEAN == FROM_LABELS:
-        total = summed_label_weights(labels, class_weights, 0, rows, COUNT_BLOCK, rows, classes, ignore_index)
+        total = summed_label_weights(labels, class_weights, 0, COUNT_BLOCK, rows, classes, ignore_index, COUNT_BLOCK)
     elif MEAN == FROM_PARTS:
-        part = tl.arange(0, 256)
+        part = tl.arange(0, MAX_PARTS)
         total = tl.sum(tl.load(parts + part, mask=part < num_parts, other=0.0), axis=0)
     else:
         total = tl.full((), 1.0, tl.float64)
@@ -152,7 +154,7 @@ def scaled_gradient(gradient, stats, row, upstream, upstream_step, denominator, 
     """Coefficients over exp(z - M) instead of r, times the upstream gradient, divided by the denominator."""
     a, b, c, d, smooth, label = gradient
     M, A1, _, h, _, _, _, _ = stats
-    factor = tl.where(denominator == 0.0, 0.0, 1.0 / denominator).to(ACC)
+    factor = (1.0 / denominator).to(ACC)
     if upstream is not None:
         factor = factor * tl.load(upstream + row * upstream_step, mask=write, other=0.0)
     inverse = 1.0 / tl.where(A1 == 0.0, 1.0, A1)

@@ -8,6 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda_runtime.h"
@@ -229,12 +230,12 @@ void Block::start() { block().run_thread(); }
 cudaError_t record(cudaError_t error) { return settings.error = error; }
 
 std::mutex limits_mutex;
-std::map<const void*, int> shared_limits;  // of kernels that asked for more than every kernel may have
+std::map<std::pair<const void*, int>, int> shared_limits;  // by kernel and device, where more was asked for
 
 size_t shared_limit(const void* kernel) {
   const std::lock_guard<std::mutex> lock(limits_mutex);
-  const auto found = shared_limits.find(kernel);
-  return found == shared_limits.end() ? 48 << 10 : size_t(found->second);
+  const auto found = shared_limits.find({kernel, settings.device});
+  return size_t(found == shared_limits.end() ? (48 << 10) - kStaticShared : found->second);
 }
 
 }  // namespace
@@ -337,8 +338,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 }
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
-  if (value > kDevices[settings.device].shared_per_block) return record(cudaErrorInvalidValue);
+  if (value + kStaticShared > kDevices[settings.device].shared_per_block) return record(cudaErrorInvalidValue);
   const std::lock_guard<std::mutex> lock(limits_mutex);
-  shared_limits[kernel] = value;
-  return cudaSuccess;
+  const int kept = shared_limits.try_emplace({kernel, settings.device}, value).first->second;
+  // CUDA allows a change, but another thread may be about to launch by the limit that it has set.
+  return kept == value ? cudaSuccess : record(cudaErrorInvalidValue);
 }

@@ -28,4 +28,7 @@ constexpr FakeDevice kDevices[] = {
     {64, 102400, 167936, 0},          // all the shared memory for one block, with rows split over blocks early
 };
 
+// Shared memory that each kernel is taken to declare; it counts towards the limits on what is asked for at the launch.
+constexpr int kStaticShared = 1024;
+
 }  // namespace cuda_shim
