@@ -199,7 +199,8 @@ class _SoftmaxLoss(torch.autograd.Function):
                 rows = ctx.tau_grad * upstream.to(ctx.tau_grad.dtype)
                 if ctx.denominator is not None:
                     # Where no row counts the loss is NaN, but nothing depends on it.
-                    rows = torch.where(labels == ctx.spec.ignore_index, 0.0, rows / ctx.denominator).to(rows.dtype)
+                    ignored = labels.reshape(-1) == ctx.spec.ignore_index
+                    rows = torch.where(ignored, 0.0, rows / ctx.denominator).to(rows.dtype)
                 tau_grad = (rows.sum() if tau.dim() == 0 else rows.reshape(tau.shape)).to(tau)
         return logits_grad, tau_grad, *nothing
 
