@@ -36,6 +36,8 @@ def check(z: torch.Tensor, label: int, bound: float, backend: str, repeat: int =
     assert relative_error(loss.item(), want) < bound
     # The gradient is rounded to the dtype of the logits.
     rounding = 0.5 * torch.finfo(z.dtype).eps if z.dtype in (torch.bfloat16, torch.float16) else 0.0
+    if backend == "triton" and z.dtype == torch.bfloat16:
+        rounding *= 2.0  # its interpreter truncates where the hardware rounds
     if abs(slopes[label]) > torch.finfo(z.dtype).smallest_normal:
         assert relative_error(grad[0, label].item(), slopes[label]) < bound + rounding
     largest = max(abs(slope) for k, slope in enumerate(slopes) if k != label)
