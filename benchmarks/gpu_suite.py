@@ -100,6 +100,7 @@ def main() -> None:
     """Run the stages, write the results, print the targets."""
     options = arguments()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt, as Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job is born ignoring
     budgets = {**(DRY_BUDGETS if options.dry_run else BUDGETS), **dict(options.budget)}
     suite = Suite(options.out.resolve(), options.dry_run, budgets, time.monotonic() + sum(budgets.values()))
     for old in (store.NAME, "suite.log"):
