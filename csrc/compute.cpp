@@ -17,7 +17,8 @@
 #include <vector>
 
 #if defined(DRSL_WITH_CUDA) && !defined(DRSL_CUDA_ON_HOST)
-// torch's C interface (torch/csrc/inductor/aoti_torch/c/shim.h), which that header shows only where USE_CUDA is defined.
+// torch's C interface (torch/csrc/inductor/aoti_torch/c/shim.h), which that header shows only where USE_CUDA is
+// defined.
 extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 #endif
 
@@ -55,7 +56,7 @@ void check_plain(const Tensor& t, at::Device device, const char* name) {
               " must be a dense tensor on ", device, ", got ", t.toString(), " on ", t.device());
 }
 
-void check_shapes(const Tensor& logits, const Tensor& y, const Tensor& weight, const Tensor& tau) {
+void check_shapes(const Tensor& logits, const Tensor& y, const Tensor& weight, const Tensor& tau, bool soft) {
   const at::Device device = logits.device();
   check_plain(logits, device, "logits");
   check_plain(y, device, "y");
@@ -69,9 +70,12 @@ void check_shapes(const Tensor& logits, const Tensor& y, const Tensor& weight, c
     for (int64_t d = 1; same && d < y.dim(); ++d) same = y.size(d) == logits.size(d + 1);
     TORCH_CHECK(same, "y has shape ", y.sizes(), ", logits ", logits.sizes());
   }
+  TORCH_CHECK(weight.defined() || !soft, "class probabilities without weights");
   if (weight.defined()) {
     check_plain(weight, device, "weight");
-    TORCH_CHECK(weight.dim() == 1 && weight.numel() == logits.size(class_dim(logits)) && weight.is_floating_point(),
+    const int64_t classes = logits.size(class_dim(logits));
+    TORCH_CHECK(weight.dim() == (soft ? 2 : 1) && weight.size(-1) == classes && weight.is_floating_point() &&
+                    (!soft || weight.size(0) == y.numel()),
                 "weight has shape ", weight.sizes());
   }
   if (tau.defined()) {
@@ -206,6 +210,7 @@ Task make_task(const Inputs& in, const Config& config, const Wanted& wanted, con
   task.scale = config.scale;
   task.margin = config.margin;
   task.smoothing = config.label_smoothing;
+  task.soft = config.soft;
   task.rows = in.y.numel();
   task.classes = in.logits.size(class_dim(in.logits));
   task.ignore_index = config.ignore_index;
@@ -247,7 +252,7 @@ double scan_labels(const Kernels& cpu, const Inputs& in, const Config& config, R
   TORCH_CHECK_INDEX(!scan.out_of_range, "y holds a label outside [0, ", classes, ")");
   if (config.reduction != Reduction::mean) return 1;
   double denominator = static_cast<double>(scan.counted);
-  if (in.weight.defined()) {
+  if (in.weight.defined() && !config.soft) {
     denominator = in.acc == at::kDouble ? weight_of_labels<double>(in.weight, in.y, config.ignore_index)
                                         : weight_of_labels<float>(in.weight, in.y, config.ignore_index);
   }
@@ -327,7 +332,7 @@ double single_value(const Tensor& t) {
 
 Result compute(const Tensor& logits_in, const Tensor& y_in, const Tensor& weight_in, const Tensor& tau_in,
                const Config& config_in, const Wanted& wanted, const Later& later) {
-  check_shapes(logits_in, y_in, weight_in, tau_in);
+  check_shapes(logits_in, y_in, weight_in, tau_in, config_in.soft);
   Config config = config_in;
   Inputs in;
   in.logits = in_memory(logits_in);

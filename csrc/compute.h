@@ -19,6 +19,7 @@ struct Config {
   int64_t ignore_index;
   Reduction reduction;
   double label_smoothing;
+  bool soft;  // class probabilities: y and weight are the labels and weights of a SoftTarget (drsl_kernels/targets.py)
   double tau_value;  // where no tau tensor is given
 };
 
@@ -29,13 +30,13 @@ struct Wanted {
 
 struct Result {
   at::Tensor loss, grad, tau_grad, stats;
-  double grad_scale = 1;              // on the CPU: 1 / denominator of the mean
-  at::Tensor denominator, saved;      // on a device: denominator of the mean, statistics
+  double grad_scale = 1;  // on the CPU: 1 / denominator of the mean
+  at::Tensor denominator, saved;  // on a device: denominator of the mean, statistics
 };
 
 // For a gradient after the loss: what an earlier run left, and the upstream gradient.
 struct Later {
-  at::Tensor upstream;            // multiplies the gradient: one value, or one per row
+  at::Tensor upstream;  // multiplies the gradient: one value, or one per row
   at::Tensor denominator, saved;  // from the earlier Result
   at::Tensor grad;  // if defined, the buffer to fill, which is right already if upstream is the one value 1
 };

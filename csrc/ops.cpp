@@ -1,5 +1,5 @@
-// The operator drsl_kernels::softmax_loss on the CPU and on CUDA devices, with its autograd node. The gradient is computed together
-// with the loss, into a buffer of its own, and handed over by the backward pass. Relies on compute.h;
+// The operator drsl_kernels::softmax_loss on the CPU and on CUDA devices, with its autograd node. The gradient is
+// computed together with the loss, into a buffer of its own, and handed over by the backward pass. Relies on compute.h;
 // drsl_kernels/backends/cpp.py calls the operator.
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/engine.h>
@@ -28,11 +28,11 @@ Tensor reference_loss(const Tensor& logits, const Tensor& y, const Tensor& weigh
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("drsl_kernels::reference_loss", "")
           .typed<Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&,
-                        double, int64_t, double, int64_t, double, double, int64_t, int64_t, double)>();
+                        double, int64_t, double, int64_t, double, double, int64_t, int64_t, double, bool)>();
   const auto optional = [](const Tensor& t) { return t.defined() ? std::optional<Tensor>(t) : std::nullopt; };
   return op.call(logits, y, optional(weight), optional(tau), config.tau_value, static_cast<int64_t>(config.truth),
                  config.q, static_cast<int64_t>(config.distance), config.scale, config.margin, config.ignore_index,
-                 static_cast<int64_t>(config.reduction), config.label_smoothing);
+                 static_cast<int64_t>(config.reduction), config.label_smoothing, config.soft);
 }
 
 // Half precision has too little range to hold a gradient before it is scaled (by a loss scale of 2^16, say), so
@@ -158,9 +158,9 @@ auto make_node() {
 }
 
 Config make_config(double tau_value, int64_t truth, double q, int64_t distance, double scale, double margin,
-                   int64_t ignore_index, int64_t reduction, double label_smoothing) {
+                   int64_t ignore_index, int64_t reduction, double label_smoothing, bool soft) {
   TORCH_CHECK(truth >= 0 && truth <= static_cast<int64_t>(Truth::log_odds), "truth has code ", truth);
-  TORCH_CHECK(distance >= 0 && distance <= static_cast<int64_t>(Distance::kl), "distance has code ", distance);
+  TORCH_CHECK(distance >= 0 && distance <= static_cast<int64_t>(Distance::kl_softmax), "distance has code ", distance);
   TORCH_CHECK(reduction >= 0 && reduction <= static_cast<int64_t>(Reduction::sum), "reduction has code ", reduction);
   return {static_cast<Truth>(truth),
           q,
@@ -170,16 +170,17 @@ Config make_config(double tau_value, int64_t truth, double q, int64_t distance, 
           ignore_index,
           static_cast<Reduction>(reduction),
           label_smoothing,
+          soft,
           tau_value};
 }
 
 std::tuple<Tensor, Tensor> softmax_loss(const Tensor& logits, const Tensor& y, const std::optional<Tensor>& weight_in,
                                         const std::optional<Tensor>& tau_in, double tau_value, int64_t truth, double q,
                                         int64_t distance, double scale, double margin, int64_t ignore_index,
-                                        int64_t reduction, double label_smoothing, bool return_stats) {
+                                        int64_t reduction, double label_smoothing, bool soft, bool return_stats) {
   const Tensor weight = weight_in.value_or(Tensor()), tau = tau_in.value_or(Tensor());
   const Config config =
-      make_config(tau_value, truth, q, distance, scale, margin, ignore_index, reduction, label_smoothing);
+      make_config(tau_value, truth, q, distance, scale, margin, ignore_index, reduction, label_smoothing, soft);
   const bool for_logits = at::GradMode::is_enabled() && logits.requires_grad();
   const bool for_tau = at::GradMode::is_enabled() && tau.defined() && tau.requires_grad();
 
@@ -224,7 +225,7 @@ DRSL_DEFINE(DRSL_LIBRARY, m) {
   m.def(
       "softmax_loss(Tensor logits, Tensor y, Tensor? weight, Tensor? tau, float tau_value, int truth, float q, "
       "int distance, float scale, float margin, int ignore_index, int reduction, float label_smoothing, "
-      "bool return_stats) -> (Tensor, Tensor)");
+      "bool soft, bool return_stats) -> (Tensor, Tensor)");
   m.def("cpu_capability() -> str", drsl::cpu_capability);
 }
 

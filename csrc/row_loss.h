@@ -29,6 +29,9 @@
 //   A = (1-e) u_y + e/(n+1) (u_y + U)        B = e/(n+1) U
 //
 // and its gradient adds -B u_k / U at k != y. Without class weights nu = mu, U = n, A = u_y = 1.
+//
+// Class probabilities q as target are the same with weights u_k = (class weight k) q_k of the row's own, e/(n+1) = 1 and
+// no first term: sum_k u_k (-log p_k). Any class may then stand as y; one with a large q_k keeps the gradient precise.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -56,13 +59,16 @@ enum class Distance : int {
   non_target_logits = 3,
   conditional = 4,
   kl = 5,
+  kl_softmax = 6,  // KL(uniform || p) over all classes: what kl is for class probabilities
 };
 
 // Whether a distance reads A2, and whether it reads mu and V.
 constexpr bool needs_squares(Distance d) {
   return d == Distance::uniform || d == Distance::non_target || d == Distance::conditional;
 }
-constexpr bool needs_moments(Distance d) { return d == Distance::non_target_logits || d == Distance::kl; }
+constexpr bool needs_moments(Distance d) {
+  return d == Distance::non_target_logits || d == Distance::kl || d == Distance::kl_softmax;
+}
 
 inline namespace DRSL_ISA {
 
@@ -146,28 +152,30 @@ struct LossParams {
   Truth truth;
   Distance distance;
   S q, scale, margin, smoothing;  // q of gce; s and m of the label transform; e
+  bool soft;  // class probabilities
 };
 
 // What a row brings besides its statistics. Without class weights: weight = 1, rest_weight = n, rest_depth = h.
 template <class T>
 struct RowInput {
   T label_logit, tau, weight;  // z_y, tau, u_y
-  T rest_weight, rest_depth;   // U, M - nu: read only when smoothing > 0
+  T rest_weight, rest_depth;  // U, M - nu (sum u_k (M - z_k) where U = 0): read only when smoothing > 0 or soft
 };
 
 template <class T>
 struct RowLoss {
-  T loss;                           // A T(delta) + ... + tau u_y D
-  T cross_entropy, distance, margin;  // -log p, D, z_y - M: for reporting
-  T a, b, c, d;                     // gradient coefficients, see the top
-  T smooth;                         // B / U, to be multiplied by u_k and subtracted at k != y
-  T label;                          // gradient at the label
+  T loss;  // A T(delta) + ... + tau u_y D (soft: tau D)
+  T cross_entropy, distance, margin;  // -log p (soft: the loss without tau D), D, z_y - M: for reporting
+  T tau_slope;  // derivative of the loss by tau
+  T a, b, c, d;  // gradient coefficients, see the top
+  T smooth;  // B / U, to be multiplied by u_k and subtracted at k != y
+  T label;  // gradient at the label
 };
 
 // delta and what follows from it alone. `tail` = exp(-|delta|) is in (0, 1] and carries delta's rounding error.
 template <class T>
 struct Odds {
-  T delta, tail, p, w, softplus;
+  T delta, tail, p, w, softplus, softminus;  // softplus(delta), softplus(-delta)
 };
 
 // x - y exactly: the rounded difference and its error (0 where the difference is not finite).
@@ -191,8 +199,13 @@ DRSL_FN Odds<T> label_odds(const RowStats<T>& rest, T label, T scale, T margin) 
   const auto wrong = delta > T(0);
   const T tail = magnitude - magnitude * select(wrong, low, -low);
   const T big = T(1) / (T(1) + tail);
-  const T small = tail * big;
-  return {delta, tail, select(wrong, small, big), select(wrong, big, small), select(wrong, delta, T(0)) + log1p_(tail)};
+  const T small = tail * big, rise = log1p_(tail);
+  return {delta,
+          tail,
+          select(wrong, small, big),
+          select(wrong, big, small),
+          select(wrong, delta, T(0)) + rise,
+          select(wrong, T(0), -delta) + rise};
 }
 
 template <class T>
@@ -237,6 +250,11 @@ DRSL_FN DistanceTerm<T> distance_term(Distance name, const Odds<T>& o, T rho, T 
       return {rho - even, T(0), T(1), T(0), T(0)};
     case Distance::kl:
       return {kappa - log_(n), T(0), T(0), T(0), T(1)};
+    case Distance::kl_softmax: {
+      const T share = n / (n + T(1)), label_share = T(1) / (n + T(1));
+      return {label_share * o.softplus + share * (kappa + o.softminus) - log_(n + T(1)),
+              label_share * o.w - share * o.p, T(0), T(0), share};
+    }
     default:
       return {T(0), T(0), T(0), T(0), T(0)};
   }
@@ -258,40 +276,47 @@ DRSL_FN RowLoss<T> row_loss(const LossParams<Scalar<T>>& params, const RowStats<
   const TruthTerm<T> truth = truth_term(params, odds);
   const DistanceTerm<T> dist = distance_term(params.distance, odds, rho, kappa, rest.variance, rest.count);
 
-  T value = in.weight * truth.value, d_delta = in.weight * truth.d_delta;
-  T d_mean = T(0);  // F_kappa of the smoothing term
-  if (params.smoothing > Scalar<T>(0)) {
-    const T e = T(params.smoothing), share = e / (rest.count + T(1));
-    const T A = (T(1) - e) * in.weight + share * (in.weight + in.rest_weight), B = share * in.rest_weight;
-    const T level = in.rest_depth + log_(sum_exp);
-    // The label at -inf makes delta +inf; the loss is +inf then, and must not become inf - inf.
-    const auto lost = odds.delta == infinity<T>();
-    value = A * truth.value + B * (level - select(lost, T(0), odds.delta));
-    d_delta = A * truth.d_delta - B;
-    d_mean = B;
+  T value = in.weight * truth.value, f_delta = in.weight * truth.d_delta;
+  T f_sum = f_delta;  // F_delta + F_kappa, which do not have to cancel
+  T d_mean = T(0);  // B, F_kappa of the smoothing term
+  if (params.soft || params.smoothing > Scalar<T>(0)) {
+    const T e = T(params.smoothing), share = params.soft ? T(1) : e / (rest.count + T(1));
+    const T own = params.soft ? in.weight : (T(1) - e) * in.weight + share * in.weight;
+    // sum u_k (-log p_k), of terms that do not cancel. The label at -inf makes -log p inf, and 0 inf is no loss.
+    const T others = in.rest_weight * (in.rest_depth + log_(sum_exp) + odds.softminus);
+    value =
+        select(own == T(0), T(0), own * truth.value) + share * select(in.rest_weight == T(0), in.rest_depth, others);
+    d_mean = share * in.rest_weight;
+    f_delta = own * odds.w - d_mean * odds.p;
+    f_sum = (own + d_mean) * odds.w;
   }
-  const T strength = in.tau * in.weight;
+  const T cross_entropy = params.soft ? value : odds.softplus;
+  const T penalty_weight = params.soft ? T(1) : in.weight;
+  const T strength = in.tau * penalty_weight;
   const auto off = strength == T(0);  // 0 * inf is not a penalty
   value = value + select(off, T(0), strength * dist.value);
   // Not every term reads delta, and a maximum may pass over a NaN: what the row reports must be NaN all the same.
   const T poison = select(odds.delta == odds.delta, T(0), nan);
-  const T f_delta = d_delta + strength * dist.d_delta + poison;
+  const T d_delta = strength * dist.d_delta + poison;
   const T f_rho = strength * dist.d_rho;
   const T f_kappa = strength * dist.d_kappa;
 
   const T label_or_zero = select(abs_(label) < infinity<T>(), T(0), nan);
+  // Probability of a masked class is an infinite loss, even where nothing else is left.
+  const T lost = label_or_zero + (params.soft ? select(in.rest_depth == infinity<T>(), infinity<T>(), T(0)) : T(0));
   const T U = select(in.rest_weight == T(0), T(1), in.rest_weight);
   RowLoss<T> out;
-  out.loss = select(alone, label_or_zero, value);
-  out.cross_entropy = select(alone, label_or_zero, odds.softplus);
+  out.loss = select(alone, lost, value);
+  out.cross_entropy = select(alone, lost, cross_entropy);
   out.distance = select(alone, label_or_zero, dist.value + poison);
   out.margin = label - rest.max + poison;
-  out.a = select(alone, T(0), f_delta + d_mean + f_kappa - T(2) * rho * f_rho);
+  out.tau_slope = penalty_weight * out.distance;
+  out.a = select(alone, T(0), (f_sum + d_delta) + f_kappa - T(2) * rho * f_rho);
   out.b = T(2) * f_rho;
   out.c = T(2) * strength * dist.d_variance;
   out.d = f_kappa / n;
   out.smooth = d_mean / U;
-  out.label = select(alone, label_or_zero, -T(params.scale) * f_delta);
+  out.label = select(alone, label_or_zero, -T(params.scale) * (f_delta + d_delta));
   return out;
 }
 

@@ -31,6 +31,7 @@ struct Task {
   const void* logits;
   const int64_t* labels;       // (rows,), each in [0, classes) or ignore_index: see scan_labels
   const void* class_weights;   // acc (classes,), may be null: all 1
+  bool soft;                   // class_weights is (rows, classes): class probabilities, each times its class weight
   double tau;                  // used where tau_rows is null
   const void* tau_rows;        // acc, may be null: tau of row i at tau_rows[i * tau_stride]
   int64_t tau_stride;          // 0 or 1; on the CPU always 1
@@ -44,7 +45,7 @@ struct Task {
   void* cross_entropy;         // acc (rows,), may be null
   void* distance_out;          // acc (rows,), may be null
   void* margin_out;            // acc (rows,), may be null
-  void* tau_grad;              // acc (rows,), may be null: u_y D, the derivative of the row's loss by tau
+  void* tau_grad;              // acc (rows,), may be null: the derivative of the row's loss by tau
 };
 
 }  // namespace drsl

@@ -5,12 +5,27 @@ Relies on `spec` and `backends`; `modules` and `robustness` rely on it.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
-from .backends import choose
-from .spec import DISTANCES, BackendName, Distance, LossStats, Reduction, Truth, cached_loss_spec, number
+from . import ops, reference
+from .backends import Backend, choose, is_compiled
+from .spec import (
+    DISTANCES,
+    BackendName,
+    Distance,
+    LossSpec,
+    LossStats,
+    Reduction,
+    Truth,
+    cached_loss_spec,
+    check_tensors,
+    number,
+)
+from .targets import soft_target
 
 __all__ = ["fused_drsl_loss", "softmax_loss"]
 
@@ -76,13 +91,23 @@ def fused_drsl_loss(
     Replaces ``F.cross_entropy(logits, y)``, which is tau = 0. Loss and label gradient keep full relative
     precision on saturated rows (losses far below 1e-7), where ``F.cross_entropy`` returns 0.
 
+    With class probabilities q as y, the loss of a row is
+
+    .. math:: L = \sum_k w_k q_k (-\log p_k) + \tau D \sum_k w_k q_k
+
+    (without class weights :math:`-\sum_k q_k \log p_k + \tau D`), the mean is that over rows, and ``kl`` is
+    KL(uniform || p) over all classes. Probability of a class at -inf is an infinite loss. q is differentiable, too;
+    where it requires grad, the slower reference computes the loss.
+
     Args:
         logits: shape (C,), (N, C) or (N, C, d1, ...); float32, float64, bfloat16 or float16; any strides.
             Never written. Classes at -inf are left out of p, r, n and C and get gradient 0.
-        y: class indices in [0, C), int64 (or uint8), of the shape of logits without its class dimension.
-        tau: weight of the distance: a float, a tensor of shape (), or one value per row in the shape of y.
-            Differentiable when it requires grad.
-        distance: which D.
+        y: class indices in [0, C), int64 (or uint8), of the shape of logits without its class dimension; or class
+            probabilities, floating and of the shape of logits, as mixup and CutMix make them.
+        tau: weight of the distance: a float, a tensor of shape (), or one value per row (a tensor of the shape of
+            logits without its class dimension). Differentiable when it requires grad. Inside ``torch.compile`` give
+            a tau that changes as a tensor: each new float compiles anew.
+        distance: which D. With class probabilities ``uniform`` or ``kl``.
         weight: weight w of each class, shape (C,), applied to the whole row. No gradient flows to it.
         ignore_index: rows with this label have loss and gradient 0 and do not count in the mean.
         reduction: "mean" (over the weights of the rows that count, as in F.cross_entropy), "sum" or "none".
@@ -91,7 +116,7 @@ def fused_drsl_loss(
         backend: None chooses. "cpp", "triton", "cuda" or "reference" forces one.
 
     Returns:
-        The loss: a scalar, or the shape of y for reduction="none". float64 for float64 logits, else float32.
+        The loss: a scalar, or one value per row for reduction="none". float64 for float64 logits, else float32.
         With return_stats, a pair of it and `LossStats`.
 
     Raises:
@@ -99,7 +124,7 @@ def fused_drsl_loss(
             of logits and y differ.
         IndexError: a label outside [0, C) (on the CPU; the message names row and value).
         RuntimeError: other shapes, y of a wrong dtype, tensors on different devices, label_smoothing outside
-            [0, 1], a forced backend that is not usable.
+            [0, 1], class probabilities with an ignore_index that is not negative, a forced backend that is not usable.
         NotImplementedError: logits of another dtype.
         TypeError: something that should be a tensor or a number is not.
 
@@ -220,6 +245,32 @@ def softmax_loss(
         tau = number("tau", tau)
     if not isinstance(return_stats, bool):
         raise TypeError(f"return_stats must be a bool, got {return_stats!r}")
-    spec = cached_loss_spec(truth, q, distance, scale, margin, ignore_index, reduction, label_smoothing)
-    loss, stats = choose(logits, backend)(logits, y, tau, weight, spec, return_stats)
+    soft = isinstance(y, Tensor) and y.is_floating_point()
+    spec = cached_loss_spec(truth, q, distance, scale, margin, ignore_index, reduction, label_smoothing, soft)
+    if is_compiled(logits, backend):
+        check_tensors(logits, y, tau, weight, spec)
+        chosen: Backend = partial(ops.softmax_loss, backend=backend)
+    else:
+        chosen = choose(logits, backend)
+    if soft:
+        loss, stats = _soft_loss(chosen, logits, y, tau, weight, spec, return_stats)
+    else:
+        loss, stats = chosen(logits, y, tau, weight, spec, return_stats)
     return loss if stats is None else (loss, stats)
+
+
+def _soft_loss(
+    backend: Backend,
+    logits: Tensor,
+    y: Tensor,
+    tau: Tensor | float,
+    weight: Tensor | None,
+    spec: LossSpec,
+    return_stats: bool,
+) -> tuple[Tensor, LossStats | None]:
+    """With class probabilities as `y`. The kernels give no gradient to them, so where one is wanted they do not run."""
+    if backend is reference.softmax_loss or (y.requires_grad and torch.is_grad_enabled()):
+        return reference.softmax_loss(logits, y, tau, weight, spec, return_stats)
+    check_tensors(logits, y, tau, weight, spec)
+    target = soft_target(logits, y, tau, weight, spec.label_smoothing)
+    return backend(logits, target.labels, target.tau, target.weights, spec, return_stats)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .spec import LossSpec, LossStats, check_tensors, class_dim
+from .targets import soft_target
 
 __all__ = ["RowStats", "distance", "row_stats", "softmax_loss", "truth"]
 
@@ -53,9 +54,13 @@ def softmax_loss(
 ) -> tuple[Tensor, LossStats | None]:
     """The loss that `spec` names, and per-row statistics if asked for.
 
-    Arguments and errors as in `drsl_kernels.softmax_loss`.
+    Arguments and errors as in `drsl_kernels.softmax_loss`. Class probabilities may come as `y`, or as the parts of
+    a `SoftTarget`: then y are its labels and `weight` its weights.
     """
-    check_tensors(logits, y, tau, weight, spec)
+    if not spec.soft or y.is_floating_point():
+        check_tensors(logits, y, tau, weight, spec)
+    if spec.soft and y.is_floating_point():
+        y, weight, tau = soft_target(logits, y, tau, weight, spec.label_smoothing)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     z = logits.to(dtype).movedim(class_dim(logits), -1)
     if z.shape[-1] == 0:  # without classes every row must be an ignored one; a class that none has keeps sums defined
@@ -66,10 +71,18 @@ def softmax_loss(
     z = torch.where(valid.unsqueeze(-1), z, 0.0)
     stats = row_stats(z, labels, spec.scale, spec.margin)
 
-    weight = None if weight is None else weight.detach().to(dtype)
-    row_weight = torch.ones_like(stats.delta) if weight is None else weight[labels]
-    loss = row_weight * truth(stats, spec)
-    if spec.label_smoothing > 0.0:
+    row_weight = torch.ones_like(stats.delta)
+    if spec.soft:
+        assert weight is not None
+        loss = _soft_cross_entropy(z, labels, weight.reshape(*labels.shape, weight.shape[-1]), stats)
+    elif weight is None:
+        loss = truth(stats, spec)
+    else:
+        weight = weight.detach().to(dtype)
+        row_weight = weight[labels]
+        loss = row_weight * truth(stats, spec)
+    cross_entropy = loss if spec.soft else -logsigmoid(-stats.delta)
+    if spec.label_smoothing > 0.0 and not spec.soft:
         loss = (1.0 - spec.label_smoothing) * loss + spec.label_smoothing * _smoothing(z, labels, weight, stats)
     if spec.distance is not None and (isinstance(tau, Tensor) or tau != 0):
         tau = (
@@ -77,10 +90,10 @@ def softmax_loss(
             if isinstance(tau, Tensor)
             else tau
         )
-        loss = loss + tau * row_weight * distance(stats, spec.distance)
-    loss = torch.where(valid, _defined(loss, stats), 0.0)
+        loss = loss + tau * row_weight * distance(stats, spec.distance, spec.soft)
+    loss = torch.where(valid, _defined(loss, stats, spec), 0.0)
 
-    details = _loss_stats(stats, valid, spec) if return_stats else None
+    details = _loss_stats(stats, cross_entropy, valid, spec) if return_stats else None
     if spec.reduction == "none":
         return loss, details
     if spec.reduction == "sum":
@@ -132,8 +145,8 @@ def truth(stats: RowStats, spec: LossSpec) -> Tensor:
     return stats.delta
 
 
-def distance(stats: RowStats, name: str) -> Tensor:
-    """The distance D per row: how far the softmax is from spreading evenly."""
+def distance(stats: RowStats, name: str, soft: bool = False) -> Tensor:
+    """The distance D per row: how far the softmax is from spreading evenly. With `soft` no class is a label."""
     n = stats.rest.clamp(min=1.0)
     p, w = _sigmoid(-stats.delta), _sigmoid(stats.delta)
     if name == "uniform":
@@ -144,20 +157,37 @@ def distance(stats: RowStats, name: str) -> Tensor:
         return stats.variance
     if name == "conditional":
         return stats.rho - 1.0 / n
+    if soft:
+        # mean over all classes of -log p_k, which is softplus(delta) for one and lse - z_k on average for the others
+        others = n * (stats.kappa - logsigmoid(stats.delta))
+        return (others - logsigmoid(-stats.delta)) / (n + 1.0) - (n + 1.0).log()
     return stats.kappa - n.log()
 
 
 def _smoothing(z: Tensor, y: Tensor, weight: Tensor | None, stats: RowStats) -> Tensor:
     """mean_k weight_k * -log softmax(z)_k, over the label and the rest."""
-    label_term = -logsigmoid(-stats.delta)
     weights = torch.ones_like(z) if weight is None else weight.expand_as(z)
+    return _weighted_cross_entropy(z, y, weights, stats) / (stats.rest + 1.0)
+
+
+def _soft_cross_entropy(z: Tensor, y: Tensor, weights: Tensor, stats: RowStats) -> Tensor:
+    """sum_k weight_k * -log softmax(z)_k: infinite where a masked class has a weight."""
+    weights = weights if weights.shape[-1] > 0 else weights.new_zeros(z.shape)
+    is_label = torch.arange(z.shape[-1], device=z.device) == y.unsqueeze(-1)
+    lost = ((z == -torch.inf) & (weights != 0.0) & ~is_label).any(-1)
+    return _weighted_cross_entropy(z, y, weights, stats) + torch.where(lost, torch.inf, 0.0).to(z.dtype)
+
+
+def _weighted_cross_entropy(z: Tensor, y: Tensor, weights: Tensor, stats: RowStats) -> Tensor:
+    """sum_k weights_k * -log softmax(z)_k, over the label and the rest."""
+    label_term = -logsigmoid(-stats.delta)
     rest = _rest_of(z, y)
     # -log softmax(z)_k = (log-sum-exp of the rest - M) + (M - z_k) + softplus(-delta)
     top = torch.where(rest, z, -torch.inf).amax(-1, keepdim=True).detach()
     level = stats.kappa - stats.depth - logsigmoid(stats.delta)
     rest_terms = torch.where(rest, weights * (level.unsqueeze(-1) + (top - z)), 0.0).sum(-1)
     label_weight = weights.gather(-1, y.unsqueeze(-1)).squeeze(-1)
-    return (label_weight * label_term + rest_terms) / (stats.rest + 1.0)
+    return torch.where(label_weight == 0.0, 0.0, label_weight * label_term) + rest_terms
 
 
 def _sigmoid(x: Tensor) -> Tensor:
@@ -170,14 +200,16 @@ def _rest_of(z: Tensor, y: Tensor) -> Tensor:
     return ~is_label & (z != -torch.inf)
 
 
-def _defined(loss: Tensor, stats: RowStats) -> Tensor:
+def _defined(loss: Tensor, stats: RowStats, spec: LossSpec) -> Tensor:
     """A row without a rest has loss 0 (NaN if its label is not finite)."""
     alone = torch.where(stats.label.isfinite(), 0.0, torch.nan).to(loss.dtype)
+    if spec.soft:
+        alone = torch.where(loss == torch.inf, loss.detach(), alone)
     return torch.where(stats.rest > 0, loss, alone)
 
 
-def _loss_stats(stats: RowStats, valid: Tensor, spec: LossSpec) -> LossStats:
-    ce = _defined(-logsigmoid(-stats.delta), stats)
-    dist = _defined(distance(stats, spec.distance or "uniform"), stats)
+def _loss_stats(stats: RowStats, cross_entropy: Tensor, valid: Tensor, spec: LossSpec) -> LossStats:
+    ce = _defined(cross_entropy, stats, spec)
+    dist = _defined(distance(stats, spec.distance or "uniform", spec.soft), stats, spec)
     cross_entropy, dist, margin = (torch.where(valid, t, 0.0).detach() for t in (ce, dist, stats.margin))
     return LossStats(cross_entropy, dist, margin, margin > 0)

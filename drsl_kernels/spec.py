@@ -20,11 +20,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 Truth: TypeAlias = Literal["ce", "gce", "mae", "log_odds"]
 Distance: TypeAlias = Literal["uniform", "non_target", "non_target_logits", "conditional", "kl"]
 Reduction: TypeAlias = Literal["none", "mean", "sum"]
+SpecCodes: TypeAlias = tuple[int, float, int, float, float, int, int, float, bool]
 BackendName: TypeAlias = Literal["cpp", "reference", "triton", "cuda"]
 
 # The position of a name is its code in csrc/row_loss.h (there, code 0 of the distances means none).
 TRUTHS: Final[tuple[str, ...]] = get_args(Truth)
 DISTANCES: Final[tuple[str, ...]] = get_args(Distance)
+SOFT_DISTANCES: Final = ("uniform", "kl")  # those that make sense without a label
 REDUCTIONS: Final[tuple[str, ...]] = get_args(Reduction)
 BACKENDS: Final[tuple[str, ...]] = get_args(BackendName)
 
@@ -38,9 +40,10 @@ class LossStats(NamedTuple):
     `ignore_index` hold zeros and False.
 
     Attributes:
-        cross_entropy: -log softmax(logits)_y, without class weights and label smoothing.
+        cross_entropy: -log softmax(logits)_y, without class weights and label smoothing. With class probabilities
+            the whole loss but for tau times the distance.
         distance: the distance D of the row (the default `uniform` where the loss has none).
-        margin: logit of the label minus the largest other logit.
+        margin: logit of the label (the likeliest class, with probabilities) minus the largest other logit.
         correct: True where the margin is positive. A tie for the largest logit is not correct.
     """
 
@@ -54,8 +57,9 @@ class LossStats(NamedTuple):
 class LossSpec:
     """One member of the family: truth term + tau * distance, and how rows are reduced.
 
-    Use `loss_spec` to make one. Fields have the meaning of `drsl_kernels.softmax_loss`'s arguments;
-    `truth_code`, `distance_code` and `reduction_code` are the integers that csrc/row_loss.h uses.
+    Use `loss_spec` to make one. Fields have the meaning of `drsl_kernels.softmax_loss`'s arguments; `soft` says that
+    the target holds class probabilities. `truth_code`, `distance_code` and `reduction_code` are the integers that
+    csrc/row_loss.h uses, and `codes` is the whole in the form that operators take: see `spec_of_codes`.
     """
 
     truth: str
@@ -66,9 +70,32 @@ class LossSpec:
     ignore_index: int
     reduction: str
     label_smoothing: float
+    soft: bool
     truth_code: int
     distance_code: int
     reduction_code: int
+    codes: SpecCodes
+
+
+def spec_of_codes(
+    truth: int,
+    q: float,
+    distance: int,
+    scale: float,
+    margin: float,
+    ignore_index: int,
+    reduction: int,
+    label_smoothing: float,
+    soft: bool,
+) -> LossSpec:
+    """The inverse of `LossSpec.codes`."""
+    if distance == 1 + len(DISTANCES):
+        name: str | None = "kl"  # of class probabilities, see `_distance_code`
+    else:
+        name = DISTANCES[distance - 1] if distance > 0 else None
+    return cached_loss_spec(
+        TRUTHS[truth], q, name, scale, margin, ignore_index, REDUCTIONS[reduction], label_smoothing, soft
+    )
 
 
 def loss_spec(
@@ -80,13 +107,15 @@ def loss_spec(
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
+    soft: bool = False,
 ) -> LossSpec:
     """Validate the arguments that are not tensors and return them as a `LossSpec`.
 
     Raises:
         ValueError: an unknown name, or a number outside its range.
         TypeError: a number that is none, or `ignore_index` is not an int.
-        RuntimeError: `label_smoothing` outside [0, 1] (the type that `F.cross_entropy` raises).
+        RuntimeError: `label_smoothing` outside [0, 1], or an `ignore_index` that could be a class beside class
+            probabilities (the type that `F.cross_entropy` raises).
     """
     _check_name("truth", truth, TRUTHS)
     if distance is not None:
@@ -97,9 +126,10 @@ def loss_spec(
     # Below, q times a loss has no place in float32; q = 1e-30 is cross-entropy to the last digit.
     if not 1e-30 <= q <= 1.0:
         raise ValueError(f"q must be in [1e-30, 1], got {q!r}")
-    if not (scale > 0.0 and math.isfinite(scale)):
+    # Comparisons, and not math.isfinite: torch.compile may trace with a symbol in place of a number.
+    if not 0.0 < scale < math.inf:
         raise ValueError(f"scale must be positive and finite, got {scale!r}")
-    if not math.isfinite(margin):
+    if not -math.inf < margin < math.inf:
         raise ValueError(f"margin must be finite, got {margin!r}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
@@ -111,6 +141,11 @@ def loss_spec(
         raise ValueError(
             f"label_smoothing must be 0 with truth={truth!r} (it is defined for 'ce'), got {label_smoothing!r}"
         )
+    if soft:
+        _check_soft(truth, distance, scale, margin, ignore_index)
+    truth_code, reduction_code = TRUTHS.index(truth), REDUCTIONS.index(reduction)
+    distance_code = _distance_code(distance, soft)
+    codes = (truth_code, q, distance_code, scale, margin, ignore_index, reduction_code, label_smoothing, soft)
     return LossSpec(
         truth,
         q,
@@ -120,10 +155,33 @@ def loss_spec(
         ignore_index,
         reduction,
         label_smoothing,
-        truth_code=TRUTHS.index(truth),
-        distance_code=0 if distance is None else 1 + DISTANCES.index(distance),
-        reduction_code=REDUCTIONS.index(reduction),
+        soft,
+        truth_code,
+        distance_code,
+        reduction_code,
+        codes,
     )
+
+
+def _check_soft(truth: str, distance: str | None, scale: float, margin: float, ignore_index: int) -> None:
+    """What is defined for a label alone."""
+    why = "where y holds class probabilities"
+    if truth != "ce":
+        raise ValueError(f"truth must be 'ce' {why}, got {truth!r}")
+    if distance not in (None, *SOFT_DISTANCES):
+        raise ValueError(f"distance must be one of {', '.join(map(repr, SOFT_DISTANCES))} {why}, got {distance!r}")
+    if scale != 1.0 or margin != 0.0:
+        raise ValueError(f"scale and margin must be 1 and 0 {why}, got {scale!r} and {margin!r}")
+    if ignore_index >= 0:
+        raise RuntimeError(f"ignore_index must be negative {why}, got {ignore_index!r}")
+
+
+def _distance_code(distance: str | None, soft: bool) -> int:
+    if distance is None:
+        return 0
+    if soft and distance == "kl":
+        return 1 + len(DISTANCES)  # to uniform over all classes
+    return 1 + DISTANCES.index(distance)
 
 
 _remembered_loss_spec = lru_cache(maxsize=256, typed=True)(loss_spec)
@@ -170,17 +228,20 @@ def check_tensors(logits: object, y: object, tau: object, weight: object, spec: 
     y = _check_tensor("y", y)
     if logits.dtype not in LOGITS_DTYPES:
         raise NotImplementedError(f"logits must be float32, float64, bfloat16 or float16, got {logits.dtype}")
-    _check_target_shape(logits, y)
-    if y.dtype not in (torch.int64, torch.uint8):
-        hint = "; class probabilities are not supported" if y.is_floating_point() else ""
-        raise RuntimeError(f"y must hold class indices of dtype int64, got {y.dtype}{hint}")
+    if spec.soft:
+        _check_soft_target(logits, y)
+    else:
+        _check_target_shape(logits, y)
+        if y.dtype not in (torch.int64, torch.uint8):
+            raise RuntimeError(f"y must hold class indices of dtype int64, or class probabilities, got {y.dtype}")
     if y.device != logits.device:
         raise RuntimeError(f"y must be on the device of logits, {logits.device}, got {y.device}")
     classes = logits.shape[class_dim(logits)]
     if weight is not None:
         _check_weight(weight, classes, logits.device)
-    _check_tau(tau, y.shape, logits.device)
-    if logits.device.type == "cpu":
+    at = class_dim(logits)
+    _check_tau(tau, logits.shape[:at] + logits.shape[at + 1 :] if spec.soft else y.shape, logits.device)
+    if logits.device.type == "cpu" and not spec.soft:
         _check_labels(y, classes, spec.ignore_index)
 
 
@@ -215,6 +276,16 @@ def _check_target_shape(logits: Tensor, y: Tensor) -> None:
     raise (RuntimeError if got[:1] == want[:1] else ValueError)(message)
 
 
+def _check_soft_target(logits: Tensor, y: Tensor) -> None:
+    if logits.dim() == 0:
+        raise RuntimeError("logits must have shape (C,), (N, C) or (N, C, d1, ...), got ()")
+    if y.shape != logits.shape:
+        raise RuntimeError(
+            f"y must have the shape of logits, {tuple(logits.shape)}, if it holds class probabilities, "
+            f"got {tuple(y.shape)}"
+        )
+
+
 def check_weight_alone(weight: object) -> None:
     """What can be said about class weights without logits."""
     weight = _check_tensor("weight", weight)
@@ -246,7 +317,7 @@ def _check_tau(tau: object, rows: torch.Size, device: torch.device) -> None:
 def check_tau_value(tau: object) -> None:
     """Raise unless tau is a finite number or a floating tensor of them (values are looked at on the CPU only)."""
     if not isinstance(tau, Tensor):
-        if not math.isfinite(number("tau", tau)):
+        if not -math.inf < number("tau", tau) < math.inf:
             raise ValueError(f"tau must be finite, got {tau!r}")
         return
     if not tau.is_floating_point():
@@ -271,10 +342,12 @@ def _is_concrete(tensor: Tensor) -> bool:
     return not (watches_operators() or tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def inside_function_transform() -> bool:
+    """True inside `torch.func`; decided while `torch.compile` traces."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def watches_operators() -> bool:
     """True inside `torch.compile`, `torch.func` and dispatch modes such as those of fake tensors and tracing."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
+    return torch.compiler.is_compiling() or inside_function_transform() or torch._C._len_torch_dispatch_stack() > 0

@@ -42,10 +42,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of the large grids, Triton's slow interpreter gets every fifth case.
+    """Slow tests come first, so that no worker is left with them; large grids are thinned for Triton's interpreter.
 
-    Five has no factor in common with the number of dtypes, distances, truths or reductions, so all of them come up.
+    It gets every fifth case. Five has no factor in common with the number of dtypes, distances, truths or reductions,
+    so all of them come up.
     """
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if config.getoption("--all-interpreted"):
         return
     grids: dict[str, list[pytest.Item]] = {}

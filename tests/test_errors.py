@@ -96,9 +96,9 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         RuntimeError,
         r"y must have shape \(4,\) .*, got \(4, 1\)",
     ),
-    "y_int32": ({"y": torch.zeros(4, dtype=torch.int32)}, RuntimeError, "y must hold .* int64, got torch.int32"),
-    "y_bool": ({"y": torch.zeros(4, dtype=torch.bool)}, RuntimeError, "y must hold .* int64, got torch.bool"),
-    "y_float": ({"y": torch.zeros(4)}, RuntimeError, "y must hold class indices .*, got torch.float32"),
+    "y_int32": ({"y": torch.zeros(4, dtype=torch.int32)}, RuntimeError, "y must hold .* int64, .*, got torch.int32"),
+    "y_bool": ({"y": torch.zeros(4, dtype=torch.bool)}, RuntimeError, "y must hold .* int64, .*, got torch.bool"),
+    "y_float": ({"y": torch.zeros(4)}, RuntimeError, "y must have the shape of logits, .* probabilities, got .4,."),
     "y_list": ({"y": [0, 1, 2, 3]}, TypeError, "y must be a Tensor, got list"),
     "y_none": ({"y": None}, TypeError, "y must be a Tensor, got NoneType"),
     "y_on_meta": (

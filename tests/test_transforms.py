@@ -1,5 +1,5 @@
 """Where only PyTorch's own operators work, calls go through the reference on their own: `torch.func`, forward mode,
-`torch.compile`, fake tensors, dispatch modes. The results are those of the textbook formula.
+fake tensors, dispatch modes. The results are those of the textbook formula.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from cases import random_labels, random_logits
 from torch import Tensor
 from truth import loss_and_gradient, row_losses
 
-from drsl_kernels import DRSLLoss, fused_drsl_loss, softmax_loss
+from drsl_kernels import fused_drsl_loss, softmax_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, inside functorch
 
@@ -126,43 +126,6 @@ def test_transforms_of_a_label_out_of_range_fail() -> None:
         torch.func.grad(ours)(z, y)
 
 
-@pytest.mark.filterwarnings("error:Dynamo")
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-def test_compile(compiler: str) -> None:
-    torch._dynamo.reset()
-    z, y = inputs(torch.float32)
-    z.requires_grad_()
-
-    @torch.compile(backend=compiler, fullgraph=True)
-    def step(z: Tensor, y: Tensor) -> Tensor:
-        return 2 * fused_drsl_loss(z, y, 0.5, distance="kl", label_smoothing=0.1, reduction="sum")
-
-    loss = step(z, y)
-    want, grad, _ = loss_and_gradient(
-        z, y, 0.5, distance="kl", label_smoothing=0.1, reduction="sum", upstream=torch.tensor(2.0)
-    )
-    torch.testing.assert_close(loss.detach(), 2 * want, check_dtype=False)
-    torch.testing.assert_close(torch.autograd.grad(loss, z)[0], grad, check_dtype=False)
-
-
-def test_compile_of_the_module_with_a_tensor_tau() -> None:
-    torch._dynamo.reset()
-    z, y = inputs(torch.float32)
-    module = DRSLLoss(torch.nn.Parameter(torch.tensor(0.5)))
-    loss = torch.compile(module, backend="aot_eager", fullgraph=True)(z, y)
-    loss.backward()
-    want, _, tau_grad = loss_and_gradient(z, y, torch.tensor(0.5), distance="uniform")
-    torch.testing.assert_close(loss.detach(), want, check_dtype=False)
-    torch.testing.assert_close(module.tau.grad, tau_grad, check_dtype=False)
-
-
-def test_compile_refuses_bad_arguments() -> None:
-    torch._dynamo.reset()
-    z, y = inputs()
-    with pytest.raises(Exception, match="reduction must be one of"):
-        torch.compile(lambda z, y: fused_drsl_loss(z, y, 0.5, reduction="avg"), backend="eager")(z, y)
-
-
 def test_fake_tensors() -> None:
     with torch._subclasses.FakeTensorMode():
         loss = fused_drsl_loss(torch.empty(4, 5), torch.zeros(4, dtype=torch.long), 0.5, reduction="none")
@@ -214,21 +177,16 @@ def test_default_device_and_dtype_do_not_matter() -> None:
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo")
-@pytest.mark.parametrize("which", ["func", "forward_mode", "compile"])
+@pytest.mark.parametrize("which", ["func", "forward_mode"])
 def test_forcing_the_compiled_backend_there_says_why(which: str) -> None:
     z, y = inputs()
     message = "backend='cpp' is not usable inside"
     if which == "func":
         with pytest.raises(RuntimeError, match=message):
             torch.func.grad(lambda z: ours(z, y, backend="cpp"))(z)
-    elif which == "forward_mode":
+    else:
         with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match=message):
             ours(z, y, backend="cpp")
-    else:
-        torch._dynamo.reset()
-        with pytest.raises(Exception, match=message):
-            torch.compile(lambda z: ours(z, y, backend="cpp"), backend="eager")(z)
 
 
 def test_negative_views(backend: str) -> None:

@@ -29,6 +29,7 @@ from drsl_kernels.backends.triton.many_classes import gradient_kernel, row_kerne
 from drsl_kernels.backends.triton.steps import label_weights_kernel, sum_kernel
 
 ELEMENTS = {"bf16": 2, "fp32": 4, "fp64": 8}
+THOROUGH = "cuda:90"  # the target on which everything is compiled
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -43,20 +44,21 @@ class Case(NamedTuple):
     bytes_per_access: int  # that the aligned path must reach; 0 where nothing is asked
 
 
-def cases(lanes: int) -> Iterator[Case]:
+def cases(lanes: int, thorough: bool) -> Iterator[Case]:
+    """What the launch tables ask for; `thorough` adds what a run of unusual arguments compiles."""
     losses = {"losses": "*fp64", "denominator": "*fp64", "total": "*fp32"}
     yield Case("sum", sum_kernel, losses, {"BLOCK": 2048}, 8, 0)
     weights = {"labels": "*i64", "class_weights": "*fp32", "parts": "*fp64"}
     yield Case("label_weights", label_weights_kernel, weights, {"BLOCK": 1024}, 4, 0)
     for element in ELEMENTS:
-        yield from cases_of(element, lanes)
+        yield from cases_of(element, lanes, thorough)
 
 
-def cases_of(element: str, lanes: int) -> Iterator[Case]:
+def cases_of(element: str, lanes: int, thorough: bool) -> Iterator[Case]:
     itemsize = ELEMENTS[element]
     acc = "fp64" if itemsize == 8 else "fp32"
     grid = [(classes, rows) for classes in (10, 64, 250, 1000, 2000, 4000, 8000) for rows in (1, 65536)]
-    for load, truth, distance, smooth in (("light", 0, 1, False), ("heavy", 1, 3, True)):
+    for load, truth, distance, smooth in (("light", 0, 1, False), ("heavy", 1, 3, True), ("soft", 0, 6, True)):
         present = {
             "logits": f"*{element}",
             "labels": "*i64",
@@ -68,10 +70,13 @@ def cases_of(element: str, lanes: int) -> Iterator[Case]:
         }
         if load == "heavy":
             present |= {"class_weights": f"*{acc}", "tau": f"*{acc}", "reports": f"*{acc}", "upstream": f"*{acc}"}
+        elif load == "soft":
+            present |= {"class_weights": f"*{acc}"}
         constants = {
             "TRUTH": truth,
             "DISTANCE": distance,
             "SMOOTH": smooth,
+            "SOFT": load == "soft",
             "MEAN": 2,
             "SKIP": load == "heavy",
             "FLAT": True,
@@ -93,7 +98,7 @@ def cases_of(element: str, lanes: int) -> Iterator[Case]:
                 yield Case(f"{kernel.fn.__name__} {name}", kernel, present, constants, tile.warps, wanted)
         # What a run of other arguments compiles: the mean's labels counted on the spot, classes that are pairs or odd,
         # rows in two dimensions, the loss alone.
-        for width, flat in ((2, True), (1, True), (1, False)):
+        for width, flat in ((2, True), (1, True), (1, False)) if thorough else ():
             tile = tile_shape(itemsize, width)
             constants |= {"WIDTH": width, "FLAT": flat, "MEAN": 1, "CHUNK": tile.chunk, "BLOCK": tile.block}
             forward = {pointer: of for pointer, of in present.items() if pointer not in ("grad", "upstream")}
@@ -165,7 +170,7 @@ def main(name: str) -> None:
     backend, arch = name.split(":")
     target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
     with tempfile.TemporaryDirectory() as folder:
-        for case in cases(target.warp_size):
+        for case in cases(target.warp_size, thorough=name == THOROUGH):
             kernel = compiled(case, target)
             report = nvidia_report(kernel, Path(folder)) if backend == "cuda" else amd_report(kernel)
             facts = {"name": case.name, "wanted": case.bytes_per_access, "stores": "stats_kernel" not in case.name}

@@ -23,7 +23,7 @@ struct TermSet {
 template <class S>
 struct CallInfo {
   explicit CallInfo(const Task& t)
-      : params{t.truth, t.distance, S(t.q), S(t.scale), S(t.margin), S(t.smoothing)},
+      : params{t.truth, t.distance, S(t.q), S(t.scale), S(t.margin), S(t.smoothing), t.soft},
         task(t),
         class_weights(static_cast<const S*>(t.class_weights)),
         tau_rows(static_cast<const S*>(t.tau_rows)),
@@ -36,6 +36,7 @@ struct CallInfo {
   const S* upstream;
 
   bool ignored(int64_t row) const { return task.labels[row] == task.ignore_index; }
+  const S* weights_of_row(int64_t row) const { return class_weights + (task.soft ? row * task.classes : 0); }
 };
 
 template <class D>
@@ -142,11 +143,28 @@ DRSL_FN BlockLabels<S> block_labels(const CallInfo<S>& call, int64_t first, int6
   return result;
 }
 
+// u_y of rows first .. first + n - 1.
 template <class S>
-DRSL_FN Vec<S> weights_of(const S* class_weights, const BlockLabels<S>& labels) {
-  S weight[Vec<S>::kLanes];
-  for (int i = 0; i < Vec<S>::kLanes; ++i) weight[i] = class_weights[labels.number[i]];
+DRSL_FN Vec<S> label_weights(const CallInfo<S>& call, int64_t first, int64_t n, const BlockLabels<S>& labels) {
+  if (!call.class_weights) return Vec<S>(S(1));
+  S weight[Vec<S>::kLanes] = {};
+  for (int i = 0; i < n; ++i) weight[i] = call.weights_of_row(first + i)[labels.number[i]];
   return load(static_cast<const S*>(weight));
+}
+
+// What a class of weight u and logit v adds to U and to sum u_k (M - z_k). A masked one is left out, but that of a
+// class probability costs infinitely much.
+template <class S>
+struct WeightedShare {
+  Vec<S> weight, depth;
+};
+
+template <class S>
+DRSL_FN WeightedShare<S> weighted_share(Vec<S> u, Vec<S> v, Vec<S> max, bool soft) {
+  const Vec<S> zero(S(0));
+  const Mask<S> present = v != -infinity<Vec<S>>();
+  const Vec<S> masked = soft ? select(u == zero, zero, infinity<Vec<S>>()) : zero;
+  return {select(present, u, zero), select(present, u * (max - v), masked)};
 }
 
 // Losses, outputs and gradient coefficients of rows first .. first + n - 1. Lanes of ignored rows give zeros.
@@ -158,7 +176,7 @@ DRSL_PASS BlockGrad<S> finish_block(const CallInfo<S>& call, int64_t first, int6
   const Task& t = call.task;
   const Vec<S> zero(S(0)), one(S(1));
   const Mask<S> valid = labels.valid;
-  const Vec<S> weight = call.class_weights ? weights_of(call.class_weights, labels) : one;
+  const Vec<S> weight = label_weights(call, first, n, labels);
   const Vec<S> tau = call.tau_rows ? read_rows<S>(call.tau_rows, first, n) : Vec<S>(S(t.tau));
 
   const RowInput<Vec<S>> in{label_logit, tau, weight, rest_weight, rest_depth};
@@ -169,7 +187,7 @@ DRSL_PASS BlockGrad<S> finish_block(const CallInfo<S>& call, int64_t first, int6
   write_rows(t.cross_entropy, first, n, select(valid, row.cross_entropy, zero));
   write_rows(t.distance_out, first, n, select(valid, row.distance, zero));
   write_rows(t.margin_out, first, n, select(valid, row.margin, zero));
-  write_rows(t.tau_grad, first, n, select(valid, row.distance * weight, zero));
+  write_rows(t.tau_grad, first, n, select(valid, row.tau_slope, zero));
 
   Vec<S> scale(S(t.grad_scale));
   if (call.upstream) {

@@ -21,7 +21,7 @@ bool use_tiles(const Task& t) {
 
 template <class S>
 int64_t scratch_elements(const Task& t) {
-  if (use_tiles(t)) return 2 * t.classes * Vec<S>::kLanes;
+  if (use_tiles(t)) return (t.soft ? 3 : 2) * t.classes * Vec<S>::kLanes;
   return block_rows<S>(t.classes) * padded<S>(t.classes);
 }
 
@@ -51,7 +51,9 @@ double run_terms(const Task& t, int64_t begin, int64_t end, void* scratch) {
 
 template <class D, bool kGrad>
 double run_typed(const Task& t, int64_t begin, int64_t end, void* scratch) {
-  if (t.smoothing > 0 && t.class_weights) return run_terms<TermSet<true, true, true>, kGrad, D>(t, begin, end, scratch);
+  if (t.soft || (t.smoothing > 0 && t.class_weights)) {
+    return run_terms<TermSet<true, true, true>, kGrad, D>(t, begin, end, scratch);
+  }
   if (t.smoothing > 0 || needs_moments(t.distance)) {
     return run_terms<TermSet<true, true, false>, kGrad, D>(t, begin, end, scratch);
   }

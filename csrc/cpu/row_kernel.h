@@ -139,18 +139,19 @@ DRSL_PASS void sums_of_row(const D* z, int64_t classes, int64_t label, const Row
 
 // U = sum_R u_k and U (M - nu) = sum_R u_k (M - z_k).
 template <class D, class S = Accumulator<D>>
-DRSL_PASS void weighted_sums_of_row(const D* z, const S* u, int64_t classes, int64_t label, S max, S (&sums)[2]) {
-  const Vec<S> lowest = -infinity<Vec<S>>(), zero(S(0)), top(max);
+DRSL_PASS void weighted_sums_of_row(const D* z, const S* u, int64_t classes, int64_t label, S max, bool soft,
+                                    S (&sums)[2]) {
+  const Vec<S> zero(S(0)), top(max);
   Vec<S> weight = zero, depth = zero;
   const auto take = [&](Vec<S> v, Vec<S> share) {
-    const Mask<S> present = v != lowest;
-    weight = weight + select(present, share, zero);
-    depth = depth + select(present, share * (top - v), zero);
+    const WeightedShare<S> adds = weighted_share(share, v, top, soft);
+    weight = weight + adds.weight;
+    depth = depth + adds.depth;
   };
   sweep_rest<S>(
       classes, label, [&](int64_t k, auto) { take(load(z + k), load(u + k)); },
       [&](int64_t k, int64_t n, Mask<S> keep) {
-        take(select(keep, load_first(z + k, n), lowest), load_first(u + k, n));
+        take(select(keep, load_first(z + k, n), -infinity<Vec<S>>()), select(keep, load_first(u + k, n), zero));
       });
   sums[0] = reduce_add(weight);
   sums[1] = reduce_add(depth);
@@ -216,9 +217,9 @@ DRSL_FN void row_block(const Call<D>& call, int64_t first, int64_t n, S* scratch
     squares[i] = sums[3];
     if constexpr (Terms::kWeightedMean) {
       S u[2];
-      weighted_sums_of_row(z, call.class_weights, t.classes, label, top.max, u);
+      weighted_sums_of_row(z, call.weights_of_row(first + i), t.classes, label, top.max, t.soft, u);
       weight[i] = u[0];
-      weighted_depth[i] = u[0] == S(0) ? S(0) : u[1] / u[0];
+      weighted_depth[i] = u[0] == S(0) ? u[1] : u[1] / u[0];
     }
   }
 
@@ -238,8 +239,8 @@ DRSL_FN void row_block(const Call<D>& call, int64_t first, int64_t n, S* scratch
         memset(static_cast<void*>(grad), 0, t.classes * sizeof(D));
         continue;
       }
-      write_gradient<Terms>(call.logits + offsets[i], call.class_weights, grad, t.classes, t.labels[first + i],
-                            scratch + i * padded<S>(t.classes), block, i);
+      write_gradient<Terms>(call.logits + offsets[i], call.weights_of_row(first + i), grad, t.classes,
+                            t.labels[first + i], scratch + i * padded<S>(t.classes), block, i);
     }
   }
 }

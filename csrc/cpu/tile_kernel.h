@@ -111,15 +111,19 @@ DRSL_FN TileTop<S> top_of_tile(S* tile, int64_t classes, Mask<S> (*is_label)(int
 }
 
 // From a tile of logits to losses and, with kGrad, a tile of gradients in `exps`. The tile of logits is changed.
+// `weights` is the tile of class probabilities; read where the call is soft.
 template <class Terms, bool kGrad, class S>
-DRSL_PASS void finish_tile(const CallInfo<S>& call, int64_t first, int64_t n, S* logits, S* exps, LossSum<S>& sum) {
+DRSL_PASS void finish_tile(const CallInfo<S>& call, int64_t first, int64_t n, S* logits, S* exps, const S* weights,
+                           LossSum<S>& sum) {
   constexpr int kLanes = Vec<S>::kLanes;
   using Bits = typename Vec<S>::Bits;
   using Int = typename Vec<S>::Int;
   const int64_t classes = call.task.classes;
+  const bool soft = call.task.soft;
   const Vec<S> lowest = -infinity<Vec<S>>(), zero(S(0));
   const BlockLabels<S> labels = block_labels<S>(call, first, n);
   const auto is_label = [](int64_t c, Bits y) { return Mask<S>{y == static_cast<Int>(c)}; };
+  const auto weight_of = [&](int64_t c) { return soft ? load(weights + c * kLanes) : Vec<S>(call.class_weights[c]); };
 
   const TileTop<S> top = top_of_tile<S>(logits, classes, is_label, labels.number);
 
@@ -136,9 +140,10 @@ DRSL_PASS void finish_tile(const CallInfo<S>& call, int64_t first, int64_t n, S*
       steps = steps + step;
       squares = squares + step * step;
       if constexpr (Terms::kWeightedMean) {
-        const Vec<S> u(call.class_weights[c]);
-        weight = weight + select(present, u, zero);
-        weighted_depth = weighted_depth + select(present, u * (top.max - v), zero);
+        const Vec<S> u = weight_of(c);
+        const WeightedShare<S> adds = weighted_share(select(is_label(c, labels.number), zero, u), v, top.max, soft);
+        weight = weight + adds.weight;
+        weighted_depth = weighted_depth + adds.depth;
       }
     }
     if constexpr (kGrad) store(exps + c * kLanes, e);
@@ -162,7 +167,7 @@ DRSL_PASS void finish_tile(const CallInfo<S>& call, int64_t first, int64_t n, S*
       if constexpr (Terms::kMoments) {
         const Vec<S> v = load(static_cast<const S*>(logits) + c * kLanes);
         Vec<S> step = block.c * (v - block.max) + block.offset;
-        if constexpr (Terms::kWeightedMean) step = step - block.smooth * Vec<S>(call.class_weights[c]);
+        if constexpr (Terms::kWeightedMean) step = step - block.smooth * weight_of(c);
         g = g + select(v != lowest, step, zero);
       }
       store(exps + c * kLanes, select(is_label(c, labels.number), block.label, g));
@@ -178,7 +183,7 @@ DRSL_PASS void finish_tile(const CallInfo<S>& call, int64_t first, int64_t n, S*
 }
 
 // Rows first .. first + n - 1, n <= kLanes. Scratch holds two tiles: logits, and exponentials that turn into the
-// gradient.
+// gradient; and a third of class probabilities, where the call is soft.
 template <class Terms, bool kGrad, class D, class S = Accumulator<D>>
 DRSL_FN void tile_block(const Call<D>& call, int64_t first, int64_t n, S* scratch, LossSum<S>& sum) {
   constexpr int kLanes = Vec<S>::kLanes;
@@ -188,7 +193,15 @@ DRSL_FN void tile_block(const Call<D>& call, int64_t first, int64_t n, S* scratc
   int64_t offsets[kLanes], grad_offsets[kLanes];
   row_offsets(t.layout, first, n, offsets, grad_offsets);
   load_tile(call.logits, offsets, n, t.classes, t.layout.logits_class_stride, logits);
-  finish_tile<Terms, kGrad, S>(call, first, n, logits, exps, sum);
+  S* const weights = exps + t.classes * kLanes;
+  if constexpr (Terms::kWeightedMean) {
+    if (t.soft) {
+      int64_t rows[kLanes];
+      for (int i = 0; i < n; ++i) rows[i] = i * t.classes;
+      load_tile<S>(call.weights_of_row(first), rows, n, t.classes, 1, weights);
+    }
+  }
+  finish_tile<Terms, kGrad, S>(call, first, n, logits, exps, weights, sum);
   if constexpr (kGrad) {
     store_tile(call.grad, grad_offsets, n, t.classes, t.layout.grad_class_stride, static_cast<const S*>(exps));
   }

@@ -60,7 +60,8 @@ constexpr int kTaken =
 
 // This thread's part of a segment. The first `cached` packs stay in `cache`, where the same thread finds them again.
 template <class Terms, class D, class S = Accumulator<D>>
-DRSL_DEVICE Part<S> sum_segment(const Segment<D>& segment, const S* class_weights, uint4* cache, int cached) {
+DRSL_DEVICE Part<S> sum_segment(const Segment<D>& segment, const S* class_weights, bool soft, uint4* cache,
+                                int cached) {
   constexpr int W = kPackWidth<D>;
   const S lowest = -infinity<S>();
   Part<S> part = empty_part<S>();
@@ -87,10 +88,12 @@ DRSL_DEVICE Part<S> sum_segment(const Segment<D>& segment, const S* class_weight
         }
         if constexpr (Terms::kWeightedMean) {
           DRSL_UNROLL
-          for (int i = 0; i < W; ++i) u[t * W + i] = exists ? class_weights[segment.first + k + i] : S(0);
+          for (int i = 0; i < W; ++i) {
+            u[t * W + i] = exists && k + i != segment.label ? class_weights[segment.first + k + i] : S(0);
+          }
         }
       }
-      take<Terms>(part, z, u);
+      take<Terms>(part, z, u, soft);
     }
   }
   for (int64_t base = threadIdx.x; base < segment.singles; base += kChunk * blockDim.x) {
@@ -102,7 +105,7 @@ DRSL_DEVICE Part<S> sum_segment(const Segment<D>& segment, const S* class_weight
       z[j] = in_rest ? load_one(segment.logits + k * segment.logits_stride) : lowest;
       if constexpr (Terms::kWeightedMean) u[j] = in_rest ? class_weights[segment.first + k] : S(0);
     }
-    take<Terms>(part, z, u);
+    take<Terms>(part, z, u, soft);
   }
   return part;
 }
@@ -222,7 +225,8 @@ __global__ void __launch_bounds__(kBlockThreads, block_residents(sizeof(Accumula
   const RowLabel y = call.label(row);
   if (!y.counts) return;
   const Segment<D> segment(call, row, int(blockIdx.x % call.slices), y.number);
-  const Part<S> part = merge_block<Terms>(sum_segment<Terms>(segment, call.class_weights, nullptr, 0));
+  const Part<S> part =
+      merge_block<Terms>(sum_segment<Terms>(segment, call.weights_of_row(row), call.params.soft, nullptr, 0));
   if (threadIdx.x == 0) write_part(call.parts + blockIdx.x * kSavedStats, part);
 }
 
@@ -246,8 +250,10 @@ __global__ void __launch_bounds__(kBlockThreads, block_residents(sizeof(Accumula
 
     Part<S> rest = empty_part<S>();
     if constexpr (kSweeps) {
-      if (y.counts)
-        rest = merge_block<Terms>(sum_segment<Terms>(segment, call.class_weights, cache, call.cached_packs));
+      if (y.counts) {
+        rest = merge_block<Terms>(
+            sum_segment<Terms>(segment, call.weights_of_row(row), call.params.soft, cache, call.cached_packs));
+      }
     } else {
       if (y.counts) rest = merge_saved<Terms>(call.parts + row * call.parts_per_row * kSavedStats, call.parts_per_row);
     }
@@ -261,7 +267,7 @@ __global__ void __launch_bounds__(kBlockThreads, block_residents(sizeof(Accumula
     __syncthreads();
     const RowGrad<S> coefficients = shared_row;
     if (call.grad && y.counts) {
-      write_segment<Terms>(segment, call.class_weights, coefficients, cache, call.cached_packs);
+      write_segment<Terms>(segment, call.weights_of_row(row), coefficients, cache, call.cached_packs);
     } else if (call.grad) {
       clear_segment(segment);
     }

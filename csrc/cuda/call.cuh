@@ -91,10 +91,18 @@ struct Call {
     return {counts && !wrong ? int(y) : -1, counts, wrong};
   }
 
-  // u_y; a wrong label counts like one of weight 1.
-  DRSL_DEVICE S weight(const RowLabel& y) const {
-    return class_weights && y.number >= 0 ? class_weights[y.number] : S(1);
+  // The weights u_k of the classes of a row.
+  DRSL_DEVICE const S* weights_of_row(int64_t row) const {
+    return class_weights + (params.soft ? row * classes : int64_t(0));
   }
+
+  // u_y; a wrong label counts like one of weight 1.
+  DRSL_DEVICE S weight(int64_t row, const RowLabel& y) const {
+    return class_weights && y.number >= 0 ? weights_of_row(row)[y.number] : S(1);
+  }
+
+  // What a row counts for in the mean.
+  DRSL_DEVICE S share_of_mean(int64_t row, const RowLabel& y) const { return params.soft ? S(1) : weight(row, y); }
 
   DRSL_DEVICE S strength(int64_t row) const { return tau_rows ? tau_rows[row * tau_stride] : tau; }
 

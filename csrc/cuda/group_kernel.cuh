@@ -44,7 +44,8 @@ DRSL_DEVICE void load_row(const Call<D>& call, const LaneClasses<D, L, E>& lane,
 // Statistics of the rest from the logits of all lanes of the group. Unless kMoments needs the logits again, `z` holds
 // their exponentials afterwards.
 template <class Terms, class D, int L, int E, class S = Accumulator<D>>
-DRSL_DEVICE Part<S> group_stats(const Call<D>& call, const LaneClasses<D, L, E>& lane, int label, S (&z)[E]) {
+DRSL_DEVICE Part<S> group_stats(const Call<D>& call, const LaneClasses<D, L, E>& lane, int label,
+                                const S* class_weights, S (&z)[E]) {
   constexpr int W = LaneClasses<D, L, E>::kWidth;
   const S lowest = -infinity<S>();
   const S share = S(1) / S(call.classes > 2 ? call.classes - 1 : 1);
@@ -73,9 +74,11 @@ DRSL_DEVICE Part<S> group_stats(const Call<D>& call, const LaneClasses<D, L, E>&
       steps += step;
       squares += step * step;
       if constexpr (Terms::kWeightedMean) {
-        const S u = present ? call.class_weights[lane.at(i / W, i % W)] : S(0);
-        weight += u;
-        weighted_depth += present ? u * (max - z[i]) : S(0);
+        const int k = lane.at(i / W, i % W);
+        const bool weighs = present || (call.params.soft && k != label && k < call.classes);
+        const S u = weighs ? class_weights[k] : S(0);
+        weight += present ? u : S(0);
+        weighted_depth += present ? u * (max - z[i]) : masked_depth(u, call.params.soft);
       }
     } else {
       z[i] = e;
@@ -101,7 +104,7 @@ DRSL_DEVICE Part<S> group_stats(const Call<D>& call, const LaneClasses<D, L, E>&
 
 template <class Terms, class D, int L, int E, class S = Accumulator<D>>
 DRSL_DEVICE void store_gradient(const Call<D>& call, const LaneClasses<D, L, E>& lane, int label,
-                                const RowGrad<S>& coefficients, const S (&z)[E], D* row) {
+                                const RowGrad<S>& coefficients, const S* class_weights, const S (&z)[E], D* row) {
   constexpr int W = LaneClasses<D, L, E>::kWidth;
   DRSL_UNROLL
   for (int pack = 0; pack < lane.kPacks; ++pack) {
@@ -111,7 +114,7 @@ DRSL_DEVICE void store_gradient(const Call<D>& call, const LaneClasses<D, L, E>&
       const S x = z[pack * W + i], e = Terms::kMoments ? row_exp(x - coefficients.shift) : x;
       const int k = lane.at(pack, i);
       S u = 0;
-      if constexpr (Terms::kWeightedMean) u = k < call.classes ? call.class_weights[k] : S(0);
+      if constexpr (Terms::kWeightedMean) u = k < call.classes ? class_weights[k] : S(0);
       g[i] = k == label ? coefficients.label : gradient<Terms>(coefficients, x, e, u);
     }
     if (call.packs) {
@@ -147,11 +150,14 @@ __global__ void __launch_bounds__(group_threads(sizeof(Accumulator<D>), E, Terms
     S z[E];
     load_row<D, L, E>(call, lane, logits, y.counts, z);
     const S label_logit = y.number >= 0 ? load_one(logits + y.number * call.strides.logits_class) : S(NAN);
-    const Part<S> rest = group_stats<Terms, D, L, E>(call, lane, y.number, z);
+    const S* const class_weights = call.weights_of_row(exists ? row : 0);
+    const Part<S> rest = group_stats<Terms, D, L, E>(call, lane, y.number, class_weights, z);
     if (!exists) continue;
     const RowGrad<S> coefficients =
         finish_row<Terms>(call, row, y, label_logit, rest, scale, lane_number == 0, loss_sum);
-    if (call.grad) store_gradient<Terms, D, L, E>(call, lane, y.number, coefficients, z, call.grad + at.grad);
+    if (call.grad) {
+      store_gradient<Terms, D, L, E>(call, lane, y.number, coefficients, class_weights, z, call.grad + at.grad);
+    }
   }
   reduce_loss(call, loss_sum);
 }

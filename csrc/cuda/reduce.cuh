@@ -51,7 +51,7 @@ DRSL_DEVICE double label_weights(const Call<D>& call, int64_t first, int64_t ste
   double sum = 0;
   for (int64_t row = first; row < call.rows; row += step) {
     const RowLabel y = call.label(row);
-    if (y.counts) sum += double(call.weight(y));
+    if (y.counts) sum += double(call.share_of_mean(row, y));
   }
   return sum;
 }

@@ -70,10 +70,17 @@ DRSL_DEVICE Part<S> merge_warp(Part<S> part) {
   return part;
 }
 
+// What a masked class of weight u adds to sum u_k (M - z_k): that of a class probability costs infinitely much.
+template <class S>
+DRSL_DEVICE S masked_depth(S u, bool soft) {
+  return soft && u != S(0) ? infinity<S>() : S(0);
+}
+
 // Add N logits to a part: one exponential each, and one for what was there. Classes at -inf are not in the rest; so
-// that the label is not either, the caller puts -inf in its place. u: their class weights, read with kWeightedMean.
+// that the label is not either, the caller puts -inf in its place, and 0 for its weight. u: class weights, or those of
+// class probabilities (`soft`); read with kWeightedMean.
 template <class Terms, int N, class S>
-DRSL_DEVICE void take(Part<S>& part, const S (&z)[N], const S (&u)[N]) {
+DRSL_DEVICE void take(Part<S>& part, const S (&z)[N], const S (&u)[N], bool soft) {
   const S lowest = -infinity<S>();
   S top = z[0], bottom = z[0];
   DRSL_UNROLL
@@ -121,7 +128,7 @@ DRSL_DEVICE void take(Part<S>& part, const S (&z)[N], const S (&u)[N]) {
       DRSL_UNROLL
       for (int i = 0; i < N; ++i) {
         part.weight += z[i] == lowest ? S(0) : u[i];
-        part.weighted_depth += u[i] * depth_of(z[i]);
+        part.weighted_depth += z[i] == lowest ? masked_depth(u[i], soft) : u[i] * (max - z[i]);
       }
     }
   }
@@ -145,11 +152,11 @@ template <class Terms, class D, class S = Accumulator<D>>
 DRSL_DEVICE RowGrad<S> finish_row(const Call<D>& call, int64_t row, const RowLabel& y, S label_logit,
                                   const Part<S>& rest, S scale, bool writes, double& loss_sum) {
   const RowStats<S>& stats = rest.stats;
-  const S weight = call.weight(y);
+  const S weight = call.weight(row, y);
   RowInput<S> in{label_logit, call.strength(row), weight, stats.count, stats.depth};
   if constexpr (Terms::kWeightedMean) {
     in.rest_weight = rest.weight;
-    in.rest_depth = rest.weight == S(0) ? S(0) : rest.weighted_depth / rest.weight;
+    in.rest_depth = rest.weight == S(0) ? rest.weighted_depth : rest.weighted_depth / rest.weight;
   }
   const RowLoss<S> out = row_loss(call.params, stats, in);
   if (writes) {
@@ -160,7 +167,7 @@ DRSL_DEVICE RowGrad<S> finish_row(const Call<D>& call, int64_t row, const RowLab
     write(call.cross_entropy, out.cross_entropy);
     write(call.distance, out.distance);
     write(call.margin, out.margin);
-    write(call.tau_grad, out.distance * weight);
+    write(call.tau_grad, out.tau_slope);
     if (y.counts) loss_sum += double(out.loss);
   }
   if (!y.counts) return {};

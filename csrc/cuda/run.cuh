@@ -81,7 +81,7 @@ Call<D> make_call(const DeviceTask& task, const Plan& plan) {
   const Task& t = task.task;
   char* const scratch = static_cast<char*>(task.scratch);
   Call<D> call{};
-  call.params = {t.truth, t.distance, S(t.q), S(t.scale), S(t.margin), S(t.smoothing)};
+  call.params = {t.truth, t.distance, S(t.q), S(t.scale), S(t.margin), S(t.smoothing), t.soft};
   call.rows = t.rows;
   call.ignore_index = t.ignore_index;
   call.classes = int(t.classes);
@@ -161,7 +161,8 @@ const char* run_format(const DeviceTask& task, const Plan& plan, cudaStream_t st
     launch(weight_kernel<D>, plan.weight_blocks, kWeightThreads, 0, call, static_cast<double*>(task.scratch));
   }
   const bool known = task.stats_known;
-  if (t.smoothing > 0 && t.class_weights) launch_terms<TermSet<true, true, true>>(call, plan, known, launch);
+  const bool weighted_mean = t.soft || (t.smoothing > 0 && t.class_weights);
+  if (weighted_mean) launch_terms<TermSet<true, true, true>>(call, plan, known, launch);
   else if (has_moments(t)) launch_terms<TermSet<true, true, false>>(call, plan, known, launch);
   else if (needs_squares(t.distance)) launch_terms<TermSet<true, false, false>>(call, plan, known, launch);
   else launch_terms<TermSet<false, false, false>>(call, plan, known, launch);

@@ -23,7 +23,7 @@ from torch.nn import Parameter
 from .. import reference
 from .._build import load_extension
 from .._version import __version__
-from ..spec import BACKENDS, LossSpec, LossStats, check_backend_name, watches_operators
+from ..spec import BACKENDS, LossSpec, LossStats, check_backend_name, inside_function_transform, watches_operators
 from . import cpp
 
 Backend: TypeAlias = Callable[
@@ -90,6 +90,26 @@ def choose(logits: Tensor, name: str | None) -> Backend:
     return reference.softmax_loss
 
 
+def is_compiled(logits: Tensor, name: str | None) -> bool:
+    """True where `torch.compile` traces this call and the device has a backend: then the operators of `ops` take it.
+
+    What is exported stays made of PyTorch's own operators, so that it runs without this package.
+    """
+    return (
+        torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
+        and not inside_function_transform()
+        and name != "reference"
+        and isinstance(logits, Tensor)
+        and (name is not None or _has_backend(logits.device.type))
+    )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_backend(device: str) -> bool:
+    return any(_usable(name) for name in PREFERENCE.get(device, ()))
+
+
 def needs_transforms() -> bool:
     """True where only PyTorch's own operators work: under forward-mode differentiation, or where they are watched."""
     return torch.autograd.forward_ad._current_level >= 0 or watches_operators()
@@ -105,7 +125,7 @@ def _forced(logits: Tensor, name: str, how: str) -> Backend:
         raise RuntimeError(f"{how} needs logits on {where}, got {logits.device}")
     if needs_transforms():
         raise RuntimeError(
-            f"{how} is not usable inside torch.compile, torch.func or forward-mode differentiation; "
+            f"{how} is not usable inside torch.export, torch.func or forward-mode differentiation; "
             "leave backend=None there"
         )
     return _load(name)

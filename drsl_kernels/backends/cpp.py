@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import ops  # noqa: F401  (registers what csrc/ops.cpp calls)
+from .. import reference_op  # noqa: F401  (registers what csrc/ops.cpp calls)
 from ..spec import LossSpec, LossStats, check_tensors
 
 
@@ -35,19 +35,13 @@ def softmax_loss(
             weight,
             tau_tensor,
             tau_value,
-            spec.truth_code,
-            spec.q,
-            spec.distance_code,
-            spec.scale,
-            spec.margin,
-            spec.ignore_index,
-            spec.reduction_code,
-            spec.label_smoothing,
+            *spec.codes,
             return_stats,
         )
     except (RuntimeError, ValueError, IndexError, TypeError):
         # The operator only detects; the words, with argument and value, are in one place.
-        check_tensors(logits, y, tau, weight, spec)
+        if not spec.soft:  # of class probabilities only the parts arrive here; they are checked before
+            check_tensors(logits, y, tau, weight, spec)
         raise
     if not return_stats:
         return loss, None

@@ -43,7 +43,7 @@ struct DeviceProblem {
     double sum = 0;
     for (int64_t row = 0; row < t.rows; ++row) {
       if (t.labels[row] == t.ignore_index) continue;
-      sum += t.class_weights && !is_wrong(row) ? get(problem.acc, t.class_weights, t.labels[row]) : 1;
+      sum += t.soft || is_wrong(row) ? 1 : problem.class_weight(row, t.labels[row]);
     }
     return sum;
   }

@@ -13,9 +13,10 @@
 #include "kernel_truth.h"
 
 constexpr drsl::Truth kTruths[] = {drsl::Truth::ce, drsl::Truth::gce, drsl::Truth::mae, drsl::Truth::log_odds};
-constexpr drsl::Distance kDistances[] = {drsl::Distance::none,        drsl::Distance::uniform,
-                                         drsl::Distance::non_target,  drsl::Distance::non_target_logits,
-                                         drsl::Distance::conditional, drsl::Distance::kl};
+constexpr drsl::Distance kDistances[] = {
+    drsl::Distance::none,        drsl::Distance::uniform, drsl::Distance::non_target, drsl::Distance::non_target_logits,
+    drsl::Distance::conditional, drsl::Distance::kl,      drsl::Distance::kl_softmax};
+constexpr drsl::Distance kSoftDistances[] = {drsl::Distance::none, drsl::Distance::uniform, drsl::Distance::kl_softmax};
 constexpr Place kPlaces[] = {Place::heap, Place::before_guard, Place::after_guard};
 
 inline char running[500];  // the problem at hand, for messages
@@ -25,9 +26,9 @@ inline void describe(const char* kernels, const Problem& p, Kind kind, Place pla
   std::snprintf(
       running, sizeof(running),
       "%s %s: %d rows, %d classes, layout %d, place %d, truth %d, distance %d, smoothing %g, scale %g, margin %g, "
-      "class weights %d, tau per row %d, gradient %d, upstream stride %d, outputs %d",
+      "class weights %d, probabilities %d, tau per row %d, gradient %d, upstream stride %d, outputs %d",
       kernels, name_of(c.dtype), int(p.task.rows), int(p.task.classes), int(kind), int(place), int(c.truth),
-      int(c.distance), c.smoothing, c.scale, c.margin, c.class_weights, c.tau_rows, c.grad, c.upstream_stride,
+      int(c.distance), c.smoothing, c.scale, c.margin, c.class_weights, c.soft, c.tau_rows, c.grad, c.upstream_stride,
       int(c.outputs));
 }
 
@@ -113,6 +114,13 @@ inline Choice random_choice(check::Random& random, DType dtype) {
   if (random.chance(0.3)) c.scale = random.uniform(0.5, 2);
   if (random.chance(0.3)) c.margin = random.uniform(-1, 1);
   c.class_weights = random.chance(0.4);
+  if (random.chance(0.15)) {
+    c.soft = true;
+    c.truth = drsl::Truth::ce;
+    c.distance = random.pick(kSoftDistances);
+    c.scale = 1;
+    c.smoothing = c.margin = 0;
+  }
   c.tau_rows = random.chance(0.4);
   c.grad = random.chance(0.8);
   c.upstream_stride = int(random.below(3)) - 1;

@@ -165,7 +165,7 @@ struct Choice {
   drsl::Truth truth = drsl::Truth::ce;
   drsl::Distance distance = drsl::Distance::none;
   double smoothing = 0, q = 0.7, scale = 1, margin = 0;
-  bool class_weights = false, tau_rows = false, grad = true;
+  bool class_weights = false, soft = false, tau_rows = false, grad = true;
   int upstream_stride = -1;  // -1: no upstream gradient
   uint64_t outputs = 31;     // bits: loss, cross entropy, distance, margin, gradient to tau
   double ignored = 0, masked = 0, nan = 0;  // shares of rows, of logits, of rows
@@ -199,9 +199,9 @@ class Problem {
     task.logits = logits(random);
     task.tau = random.uniform(-1, 2);
     task.grad_scale = random.uniform(0.01, 1);
-    if (choice.class_weights) {
-      task.class_weights = numbers(random, classes, 0, 2);
-    }
+    task.soft = choice.soft;
+    if (choice.soft) task.class_weights = numbers(random, rows * classes, 0, 1);
+    else if (choice.class_weights) task.class_weights = numbers(random, classes, 0, 2);
     if (choice.tau_rows) task.tau_rows = numbers(random, rows, -1, 2);
     if (choice.upstream_stride >= 0) {
       task.upstream = numbers(random, choice.upstream_stride ? rows : 1, -2, 2);
@@ -224,6 +224,10 @@ class Problem {
   bool inputs_unchanged() const { return bytes_of(inputs_) == inputs_before_; }
   double logit(int64_t row, int64_t k) const {
     return get(choice.dtype, task.logits, layout.offset(layout.logits, row) + k * layout.logits.class_stride);
+  }
+  double class_weight(int64_t row, int64_t k) const {
+    if (!task.class_weights) return 1;
+    return get(acc, task.class_weights, (task.soft ? row * task.classes : 0) + k);
   }
 
  private:

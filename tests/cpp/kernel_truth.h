@@ -39,18 +39,20 @@ struct Rounding {
 struct Row {
   drsl::RowStats<double> stats;
   double label, U, weighted_depth;  // z_y, U, M - nu
+  bool lost;                        // probability of a masked class: the loss is infinite
   double size;                      // the largest |z| of the rest: its mean is found in that precision at first
 };
 
 inline Row read_row(const Problem& problem, int64_t row) {
   const int64_t classes = problem.task.classes, y = problem.task.labels[row];
-  Row out{drsl::empty_stats<double>(), problem.logit(row, y), 0, 0, 0};
+  Row out{drsl::empty_stats<double>(), problem.logit(row, y), 0, 0, false, 0};
   std::vector<double> z, u;
   for (int64_t k = 0; k < classes; ++k) {
-    const double logit = problem.logit(row, k);
+    const double logit = problem.logit(row, k), weight = problem.class_weight(row, k);
+    if (k != y && logit == -kInf && problem.task.soft && weight != 0) out.lost = true;
     if (k == y || logit == -kInf) continue;
     z.push_back(logit);
-    u.push_back(problem.task.class_weights ? get(problem.acc, problem.task.class_weights, k) : 1);
+    u.push_back(weight);
     out.stats.max = logit > out.stats.max ? logit : out.stats.max;
     out.size = std::max(out.size, std::fabs(logit));
   }
@@ -91,6 +93,8 @@ inline DistanceSize distance_size(Distance name, double p, double w, double rho,
       return {rho + even, 0, 1, 0, 0};
     case Distance::kl:
       return {std::fabs(kappa) + std::log(s.count + 1), 0, 0, 0, 1};
+    case Distance::kl_softmax:
+      return {std::fabs(kappa) + std::log(s.count + 2), 1, 0, 0, 1};
     case Distance::none:
       break;
   }
@@ -124,14 +128,15 @@ inline ExpectedRow expected_row(const Problem& problem, int64_t row) {
   }
   if (s.count == 0 || out.any_nan) {
     out.margin.value = s.count == 0 ? kInf : 0;
+    if (r.lost) out.loss.value = out.cross_entropy.value = kInf;
     out.grad.assign(size_t(classes), Expected{0, 0});
     return out;
   }
-  const drsl::LossParams<double> params{t.truth,          t.distance,        rounded(t.q),
-                                        rounded(t.scale), rounded(t.margin), rounded(t.smoothing)};
+  const drsl::LossParams<double> params{t.truth,           t.distance,           rounded(t.q), rounded(t.scale),
+                                        rounded(t.margin), rounded(t.smoothing), t.soft};
   const double tau = rounded(t.tau_rows ? get(problem.acc, t.tau_rows, row) : t.tau);
-  const double u = t.class_weights ? get(problem.acc, t.class_weights, y) : 1;
-  const auto loss = drsl::row_loss(params, s, drsl::RowInput<double>{r.label, tau, u, r.U, r.weighted_depth});
+  const double u = problem.class_weight(row, y), penalty_weight = t.soft ? 1 : u;
+  auto loss = drsl::row_loss(params, s, drsl::RowInput<double>{r.label, tau, u, r.U, r.weighted_depth});
 
   // Absolute error of delta, which is the relative one of p and w; errors of h, V and kappa.
   const truth::Rounding round(problem.acc, classes);
@@ -151,23 +156,29 @@ inline ExpectedRow expected_row(const Problem& problem, int64_t row) {
   const double p = 1 / (1 + std::exp(delta)), w = 1 / (1 + std::exp(-delta));
   const double rho = s.sum_exp2 / (s.sum_exp * s.sum_exp);
   const truth::DistanceSize size = truth::distance_size(t.distance, p, w, rho, s, kappa);
-  const double in_distance = size.value * relative + size.d_variance * in_variance + size.d_kappa * in_kappa;
-
-  const double strength = std::fabs(tau * u), share = params.smoothing / (s.count + 1);
-  const double B = params.smoothing > 0 ? share * r.U : 0;
-  const double A = params.smoothing > 0 ? (1 - params.smoothing) * u + share * (u + r.U) : u;
-  const auto term = drsl::truth_term(params, drsl::label_odds(s, r.label, params.scale, params.margin));
   // delta itself, where it is not in an exponent and hence not compensated.
   const double steps = finite ? eps * (std::fabs(delta) + std::fabs(s.max) + std::fabs(target)) : 0;
+  double in_distance = size.value * relative + size.d_variance * in_variance + size.d_kappa * in_kappa;
+  if (t.distance == drsl::Distance::kl_softmax && finite) in_distance += std::fabs(delta) * relative + 2 * steps;
+
+  const double strength = std::fabs(tau * penalty_weight), share = t.soft ? 1 : params.smoothing / (s.count + 1);
+  const bool weighted = t.soft || params.smoothing > 0;
+  const double B = weighted ? share * r.U : 0;
+  const double A = weighted ? (t.soft ? 0 : 1 - params.smoothing) * u + share * (u + r.U) : u;
+  const auto term = drsl::truth_term(params, drsl::label_odds(s, r.label, params.scale, params.margin));
   double in_loss =
       A * (std::fabs(term.value) * relative + (t.truth == drsl::Truth::log_odds ? in_delta + 2 * steps : 0));
-  in_loss += B * (in_kappa + in_delta + 2 * steps) + strength * in_distance + eps * std::fabs(loss.loss);
+  in_loss += B * (in_kappa + in_delta + 2 * steps);
+  const double in_cross_entropy =
+      t.soft ? in_loss + eps * std::fabs(loss.cross_entropy) : loss.cross_entropy * relative;
+  in_loss += strength * in_distance + eps * std::fabs(loss.loss);
+  if (r.lost) loss.loss += kInf, loss.cross_entropy += kInf;
 
   out.loss = {loss.loss, in_loss + 8 * round.tiny};
-  out.cross_entropy = {loss.cross_entropy, loss.cross_entropy * relative + round.tiny};
+  out.cross_entropy = {loss.cross_entropy, in_cross_entropy + 8 * round.tiny};
   out.distance = {loss.distance, in_distance + round.tiny};
   out.margin = {loss.margin, eps * std::fabs(loss.margin)};
-  out.tau_grad = {loss.distance * u, (in_distance + eps * std::fabs(loss.distance)) * u + 8 * round.tiny};
+  out.tau_grad = {loss.tau_slope, (in_distance + eps * std::fabs(loss.distance)) * penalty_weight + 8 * round.tiny};
 
   double scale = rounded(t.grad_scale);
   if (t.upstream) scale *= get(problem.acc, t.upstream, row * t.upstream_stride);
@@ -184,8 +195,7 @@ inline ExpectedRow expected_row(const Problem& problem, int64_t row) {
       out.grad.push_back({0, 0});
       continue;
     }
-    const double e = std::exp(z - s.max) / s.sum_exp,
-                 share_of_k = problem.task.class_weights ? get(problem.acc, t.class_weights, k) : 1;
+    const double e = std::exp(z - s.max) / s.sum_exp, share_of_k = problem.class_weight(row, k);
     const double g = e * (loss.a + loss.b * e) + loss.c * (s.depth - (s.max - z)) - loss.d - loss.smooth * share_of_k;
     double slack = (e * (a + std::fabs(loss.b) * e) + round.tiny * (1 + a)) * (relative + eps * std::fabs(z - s.max));
     slack += round.tiny * (1 + a);

@@ -30,6 +30,16 @@ void test_all_losses(DType dtype) {
       }
     }
   }
+  for (const Distance distance : kSoftDistances) {
+    for (const int64_t classes : {1, 2, 10, 100, 1100}) {
+      Choice c;
+      c.dtype = dtype;
+      c.distance = distance;
+      c.soft = true;
+      c.masked = 0.05;
+      check_problem(random, c, Kind::contiguous, classes > 1000 ? 3 : 9, classes, {});
+    }
+  }
 }
 
 // Around every threshold of the tables: lanes times elements, packs, chunks.
@@ -134,7 +144,8 @@ void test_masked_ranges(DType dtype) {
         Choice c;
         c.dtype = dtype;
         c.distance = distance;
-        c.smoothing = weights ? 0.1 : 0;
+        c.soft = weights && random.chance(0.5);
+        c.smoothing = weights && !c.soft ? 0.1 : 0;
         c.class_weights = weights;
         constexpr int64_t kRows = 6;
         Problem p(random, c, make_layout(random, Kind::contiguous, kRows, classes), classes, Place::before_guard);

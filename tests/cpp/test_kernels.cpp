@@ -74,6 +74,16 @@ void test_all_losses(const Kernels& kernels, DType dtype) {
       }
     }
   }
+  for (const Distance distance : kSoftDistances) {
+    for (const int64_t classes : {1, 2, 10, 130}) {
+      Choice c;
+      c.dtype = dtype;
+      c.distance = distance;
+      c.soft = true;
+      c.masked = 0.05;
+      check_problem(kernels, random, c, Kind::contiguous, 18, classes);
+    }
+  }
 }
 
 void test_shapes(const Kernels& kernels, DType dtype) {

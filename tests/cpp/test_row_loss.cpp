@@ -20,9 +20,9 @@ using textbook::Row;
 constexpr double kInf = std::numeric_limits<double>::infinity();
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 constexpr Truth kTruths[] = {Truth::ce, Truth::gce, Truth::mae, Truth::log_odds};
-constexpr Distance kDistances[] = {Distance::none,        Distance::uniform,
-                                   Distance::non_target,  Distance::non_target_logits,
-                                   Distance::conditional, Distance::kl};
+constexpr Distance kDistances[] = {
+    Distance::none,        Distance::uniform, Distance::non_target, Distance::non_target_logits,
+    Distance::conditional, Distance::kl,      Distance::kl_softmax};
 
 template <class T>
 constexpr double kEps = std::numeric_limits<T>::epsilon();
@@ -183,7 +183,7 @@ Rest<T> rest_of(const Row& row) {
 template <class T>
 RowLoss<T> loss_of(const Row& row, const Rest<T>& rest) {
   const LossParams<double>& p = row.params;
-  const LossParams<T> params{p.truth, p.distance, T(p.q), T(p.scale), T(p.margin), T(p.smoothing)};
+  const LossParams<T> params{p.truth, p.distance, T(p.q), T(p.scale), T(p.margin), T(p.smoothing), p.soft};
   return row_loss(params, rest.stats, {T(row.logits[row.label]), T(row.tau), T(row.weight), rest.weight, rest.depth});
 }
 
@@ -235,17 +235,18 @@ void check_row(const Row& row, const textbook::Loss& want, const std::vector<Rea
 
 struct Variant {
   double q, scale, margin, smoothing, tau, weight;
-  bool class_weights, masked;
+  bool class_weights, masked, soft = false;
 };
 
 constexpr Variant kVariants[] = {
-    {0.7, 1, 0, 0, 0.5, 1, false, false},       {0.3, 1.5, 0.35, 0, -0.75, 1.75, true, true},
-    {1, 0.5, -0.25, 0, 2, 0.3, true, false},    {0.7, 1, 0, 0.1, 0.5, 1, false, true},
-    {0.7, 2, 0.5, 0.3, 1.25, 0.7, true, false}, {0.7, 1, 0.2, 1, -0.5, 1.5, true, true},
+    {0.7, 1, 0, 0, 0.5, 1, false, false},         {0.3, 1.5, 0.35, 0, -0.75, 1.75, true, true},
+    {1, 0.5, -0.25, 0, 2, 0.3, true, false},      {0.7, 1, 0, 0.1, 0.5, 1, false, true},
+    {0.7, 2, 0.5, 0.3, 1.25, 0.7, true, false},   {0.7, 1, 0.2, 1, -0.5, 1.5, true, true},
+    {0.7, 1, 0, 0, 0.75, 0.6, true, false, true},
 };
 
 Row random_row(check::Random& random, const Variant& v, Truth truth, Distance distance, int classes, double spread) {
-  Row row{{truth, distance, float(v.q), float(v.scale), float(v.margin), float(v.smoothing)},
+  Row row{{truth, distance, float(v.q), float(v.scale), float(v.margin), float(v.smoothing), v.soft},
           {},
           0,
           float(v.tau),
@@ -266,7 +267,7 @@ void test_losses() {
     for (const Truth truth : kTruths) {
       for (const Distance distance : kDistances) {
         for (const Variant& v : kVariants) {
-          if (v.smoothing > 0 && truth != Truth::ce) continue;
+          if ((v.smoothing > 0 || v.soft) && truth != Truth::ce) continue;
           for (const double spread : {0.5, 3.0}) {
             const Row row = random_row(random, v, truth, distance, classes, spread);
             const textbook::Loss want = textbook::loss(row);
@@ -290,7 +291,7 @@ void test_saturation(double lowest_delta, double tolerance) {
   for (const int classes : {2, 10, 100}) {
     for (const double offset : {0.0, 1e4, -1e4}) {
       for (double delta = -1; delta >= lowest_delta; delta += lowest_delta / 230) {
-        Row row{{Truth::ce, Distance::uniform, 0.75, 1, 0, 0}, {}, 0, 0, 1, {}};
+        Row row{{Truth::ce, Distance::uniform, 0.75, 1, 0, 0, false}, {}, 0, 0, 1, {}};
         for (int k = 0; k < classes; ++k) row.logits.push_back(random_logit(random, offset, 1));
         row.label = int(random.below(classes));
         row.logits[row.label] = static_cast<float>(offset + std::log(classes) - delta);
@@ -330,7 +331,7 @@ bool no_nan(const RowLoss<float>& x) {
 
 void test_border_cases(Truth truth, Distance distance, double smoothing, bool class_weights) {
   const auto row_of = [&](std::vector<double> z) {
-    Row row{{truth, distance, 0.7f, 1, 0, smoothing}, z, 0, 0.5, 1.25, {}};
+    Row row{{truth, distance, 0.7f, 1, 0, smoothing, false}, z, 0, 0.5, 1.25, {}};
     if (class_weights) row.class_weights.assign(z.size(), 0.75);
     return row;
   };
@@ -348,9 +349,10 @@ void test_border_cases(Truth truth, Distance distance, double smoothing, bool cl
   // The label masked: p_y = 0, and gradients as F.cross_entropy has them.
   const RowLoss<float> lost = loss({-kInf, 1, 2});
   const bool bounded = truth == Truth::gce || truth == Truth::mae;
-  CHECK(bounded ? std::isfinite(lost.loss) : lost.loss == float(kInf));
+  CHECK(bounded && distance != Distance::kl_softmax ? std::isfinite(lost.loss) : lost.loss == float(kInf));
   CHECK(no_nan(lost) && lost.cross_entropy == float(kInf) && lost.margin == -float(kInf));
-  if (truth == Truth::ce && !(smoothing > 0) && !needs_squares(distance)) CHECK(lost.label == -1.25f);
+  const bool flat = !needs_squares(distance) && distance != Distance::kl_softmax;
+  if (truth == Truth::ce && !(smoothing > 0) && flat) CHECK(lost.label == -1.25f);
   for (const float g : gradient_of<float>(row_of({-kInf, 1, 2, -kInf}))) CHECK(std::isfinite(g));
 
   CHECK(all_nan(loss({kInf, 1, 2})), "label at +inf, distance %d", int(distance));
@@ -374,6 +376,35 @@ void test_border_cases(Truth truth, Distance distance, double smoothing, bool cl
   CHECK(no_nan(loss_of<float>(off)) || smoothing > 0 || distance == Distance::kl);
 }
 
+// Class probabilities: certainty about one class is its label, and probability of a masked class is never forgiven.
+void test_soft_border_cases() {
+  const auto row_of = [](std::vector<double> z, std::vector<double> q) {
+    return Row{{Truth::ce, Distance::none, 0.7, 1, 0, 0, true}, z, 0, 0, q[0], q};
+  };
+  for (const double high : {0.0, 5.0, 40.0, 80.0}) {
+    const std::vector<double> z{high, 0.5, -1, 0.25};
+    const Row certain = row_of(z, {1, 0, 0, 0});
+    Row labelled = certain;
+    labelled.params.soft = false;
+    labelled.class_weights.clear();
+    CHECK(loss_of<float>(certain).loss == loss_of<float>(labelled).loss);
+    CHECK(gradient_of<float>(certain) == gradient_of<float>(labelled));
+  }
+  // Nothing that is subtracted may spoil a small loss, whichever class stands for the label.
+  const textbook::Loss want = textbook::loss(row_of({30, 0, 0, 0}, {1, 0, 0, 0}));
+  Row other = row_of({30, 0, 0, 0}, {1, 0, 0, 0});
+  other.label = 1;
+  other.weight = 0;
+  CHECK(std::fabs(Real(loss_of<double>(other).loss) / want.loss - 1) < 1e-3L, "%.9g", loss_of<double>(other).loss);
+
+  Rest<float> rest = rest_of<float>(row_of({2, -kInf}, {0.5, 0}));
+  rest.depth = float(kInf);
+  CHECK(loss_of(row_of({2, -kInf}, {0.5, 0.5}), rest).loss == float(kInf));
+  rest.depth = 0;
+  CHECK(loss_of(row_of({2, -kInf}, {1, 0}), rest).loss == 0);
+  CHECK(std::isnan(loss_of<float>(row_of({kNan, 1}, {0, 1})).loss));
+}
+
 }  // namespace
 
 int main() {
@@ -386,6 +417,7 @@ int main() {
   test_losses();
   test_saturation<float>(-69, 1e-6);
   test_saturation<double>(-690, 1e-14);
+  test_soft_border_cases();
   for (const Truth truth : kTruths) {
     for (const Distance distance : kDistances) {
       test_border_cases(truth, distance, 0, false);

@@ -17,7 +17,7 @@ struct Row {
   std::vector<double> logits;
   int label;
   double tau, weight;                 // weight: u_y
-  std::vector<double> class_weights;  // empty: all 1
+  std::vector<double> class_weights;  // empty: all 1; with params.soft the class probabilities
 };
 
 struct Loss {
@@ -78,6 +78,14 @@ inline Loss loss(const Row& row, const std::vector<Real>& logits) {
     out.loss = (1 - e) * out.loss + e / (n + 1) * all;
   }
 
+  if (row.params.soft) {
+    out.loss = row.class_weights[row.label] * -log_right;
+    for (int k = 0; k < classes; ++k) {
+      if (k != row.label && row.class_weights[k] != 0) out.loss -= row.class_weights[k] * log_p(k);
+    }
+    out.cross_entropy = out.loss;
+  }
+
   Real d = row.params.distance == drsl::Distance::uniform ? square(right - Real(1) / (n + 1)) : 0;
   for (int k = 0; k < classes; ++k) {
     if (k == row.label || masked(k)) continue;
@@ -100,10 +108,14 @@ inline Loss loss(const Row& row, const std::vector<Real>& logits) {
       case drsl::Distance::kl:
         d += even * std::log(even / (p / wrong));
         break;
+      case drsl::Distance::kl_softmax:
+        d -= log_p(k) / (n + 1);
+        break;
     }
   }
+  if (row.params.distance == drsl::Distance::kl_softmax) d += -log_right / (n + 1) - std::log(Real(n + 1));
   out.distance = d;
-  out.loss += Real(row.tau) * row.weight * d;
+  out.loss += Real(row.tau) * (row.params.soft ? Real(1) : Real(row.weight)) * d;
   return out;
 }
 

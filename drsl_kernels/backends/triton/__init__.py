@@ -34,7 +34,7 @@ def softmax_loss(
     return_stats: bool = False,
 ) -> tuple[Tensor, LossStats | None]:
     """The loss that `spec` names, and per-row statistics if asked for."""
-    if not _plainly_right(logits, y, tau, weight):
+    if not spec.soft and not _plainly_right(logits, y, tau, weight):
         check_tensors(logits, y, tau, weight, spec)
     classes = logits.shape[class_dim(logits)]
     if logits.numel() == 0:

@@ -8,14 +8,22 @@ from __future__ import annotations
 import triton.language as tl
 
 from .row_loss import needs_moments, needs_squares, row_stats_of
-from .steps import class_gradient, finished_rows, jit, mean_denominator, row_start, scaled_gradient
+from .steps import (
+    class_gradient,
+    class_weights_at,
+    finished_rows,
+    jit,
+    mean_denominator,
+    row_start,
+    scaled_gradient,
+)
 
 
 @jit
 def rows_kernel(
     logits,
     labels,  # int64 (rows,)
-    class_weights,  # ACC (classes,) or None
+    class_weights,  # ACC (classes,) or None; with SOFT (rows, classes)
     tau,  # ACC, tau of row i at i * tau_step, or None: tau_value
     upstream,  # ACC, upstream gradient of row i at i * upstream_step, or None: 1
     parts,  # float64 (num_parts,), with MEAN == FROM_PARTS
@@ -46,7 +54,8 @@ def rows_kernel(
     smoothing: tl.float64,
     TRUTH: tl.constexpr,
     DISTANCE: tl.constexpr,
-    SMOOTH: tl.constexpr,
+    SMOOTH: tl.constexpr,  # smoothing > 0, or SOFT
+    SOFT: tl.constexpr,  # the target is class probabilities
     MEAN: tl.constexpr,
     SKIP: tl.constexpr,  # return at once where the upstream gradient is 1
     FLAT: tl.constexpr,  # rows are outer_stride apart
@@ -85,15 +94,17 @@ def rows_kernel(
     is_label = column[None, :] == y[:, None]
     u = 0.0
     if WEIGHTED:
-        u = tl.load(class_weights + column, mask=inside, other=0.0)[None, :]
+        known = valid[:, None] & inside[None, :]
+        u = class_weights_at(class_weights, row[:, None], column[None, :], known, is_label, classes, SOFT)
 
-    stats = row_stats_of(tl.where(is_label, -float("inf"), z), u, SQUARES, MOMENTS, WEIGHTED, 1)
+    stats = row_stats_of(tl.where(is_label, -float("inf"), z), u, SQUARES, MOMENTS, WEIGHTED, SOFT, 1)
     label_logit = tl.sum(tl.where(is_label, z, 0.0), axis=1)
     label_logit = tl.where(valid & ((y < 0) | (y >= classes)), float("nan"), label_logit)
-    divisor = mean_denominator(labels, class_weights, parts, num_parts, rows, classes, ignore_index, MEAN)
+    divisor = mean_denominator(labels, class_weights, parts, num_parts, rows, classes, ignore_index, MEAN, SOFT)
     loss, gradient = finished_rows(
         stats, label_logit, row, valid, y, tau, tau_value, tau_step, class_weights, classes, ignore_index,
-        q, scale, margin, smoothing, row_losses, reports, tau_grad, rows, row < rows, TRUTH, DISTANCE, SMOOTH, ACC,
+        q, scale, margin, smoothing, row_losses, reports, tau_grad, rows, row < rows, TRUTH, DISTANCE, SMOOTH,
+        WEIGHTED, SOFT, ACC,
     )  # fmt: skip
 
     if losses is not None:

@@ -183,7 +183,7 @@ class Task:
 
     Attributes:
         labels: int64, contiguous, one per row.
-        weight: acc, contiguous, or None.
+        weight: acc, contiguous, or None. (classes,); of class probabilities (rows, classes), see `targets`.
         tau: acc, contiguous: one value or one per row; None for `tau_value`.
         upstream: acc, contiguous: one value or one per row; None for 1.
         grad: as logits, written; None where no gradient is wanted.
@@ -286,7 +286,8 @@ def run(task: Task) -> None:
         "smoothing": spec.label_smoothing,
         "TRUTH": spec.truth_code,
         "DISTANCE": task.distance_code,
-        "SMOOTH": spec.label_smoothing > 0,
+        "SMOOTH": spec.soft or spec.label_smoothing > 0,
+        "SOFT": spec.soft,
         "MEAN": mean,
         "SKIP": task.skip_unit_upstream,
         "FLAT": layout.flat,
@@ -314,8 +315,9 @@ def _denominator_parts(task: Task, rows: int, classes: int, programs: int) -> tu
         return None, 0, FROM_LABELS
     count = min(256, triton.cdiv(rows, 1024))
     parts = torch.empty(count, dtype=torch.float64, device=task.logits.device)
+    weight = None if task.spec.soft else task.weight
     label_weights_kernel[(count,)](
-        task.labels, task.weight, parts, rows, classes, task.spec.ignore_index, BLOCK=1024, **options(4)
+        task.labels, weight, parts, rows, classes, task.spec.ignore_index, BLOCK=1024, **options(4)
     )
     if count <= MAX_PARTS:
         return parts, count, FROM_PARTS
@@ -325,7 +327,7 @@ def _denominator_parts(task: Task, rows: int, classes: int, programs: int) -> tu
 
 STATS_ARGUMENTS = (
     *("logits", "labels", "class_weights", "rows", "classes", "ignore_index"),
-    *("inner", "outer_stride", "inner_stride", "class_stride", "DISTANCE", "SMOOTH", "FLAT", "WIDTH", "ACC"),
+    *("inner", "outer_stride", "inner_stride", "class_stride", "DISTANCE", "SMOOTH", "SOFT", "FLAT", "WIDTH", "ACC"),
 )
 
 

@@ -15,7 +15,15 @@ import triton
 import triton.language as tl
 
 from .row_loss import merge, merge_all, needs_moments, needs_squares, row_stats_of
-from .steps import class_gradient, finished_rows, jit, mean_denominator, row_start, scaled_gradient
+from .steps import (
+    class_gradient,
+    class_weights_at,
+    finished_rows,
+    jit,
+    mean_denominator,
+    row_start,
+    scaled_gradient,
+)
 
 SAVED: tl.constexpr = tl.constexpr(8)  # statistics per slice in memory, in the order of row_loss.py
 
@@ -34,8 +42,8 @@ def tile_of(pointer, start, last, class_stride, WIDTH: tl.constexpr, CHUNK: tl.c
 
 @triton.jit
 def slice_stats(
-    row_logits, label, class_weights, first, last, class_stride,
-    WIDTH: tl.constexpr, SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.constexpr,
+    row_logits, row, label, class_weights, classes, first, last, class_stride,
+    WIDTH: tl.constexpr, SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.constexpr, SOFT: tl.constexpr,
     ACC: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Statistics of the classes [first, last) of a row, the label left out."""
@@ -46,16 +54,16 @@ def slice_stats(
         z = tl.load(address, mask=inside, other=-float("inf")).to(ACC)
         u = 0.0
         if WEIGHTED:
-            u = tl.load(class_weights + column, mask=inside, other=0.0)
-        tile = row_stats_of(tl.where(column == label, -float("inf"), z), u, SQUARES, MOMENTS, WEIGHTED, 0)
+            u = class_weights_at(class_weights, row, column, inside, column == label, classes, SOFT)
+        tile = row_stats_of(tl.where(column == label, -float("inf"), z), u, SQUARES, MOMENTS, WEIGHTED, SOFT, 0)
         lanes = merge(lanes, tile, SQUARES, MOMENTS, WEIGHTED)
     return merge_all(lanes, SQUARES, MOMENTS, WEIGHTED, 0)
 
 
 @triton.jit
 def write_gradient(
-    row_logits, row_grad, label, class_weights, first, last, class_stride, grad_class, coefficients,
-    WIDTH: tl.constexpr, SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.constexpr,
+    row_logits, row_grad, row, label, class_weights, classes, first, last, class_stride, grad_class, coefficients,
+    WIDTH: tl.constexpr, SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.constexpr, SOFT: tl.constexpr,
     ACC: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the classes [first, last) of a row, last tile first: it was read last and is still in the cache."""
@@ -67,7 +75,7 @@ def write_gradient(
         z = tl.load(address, mask=inside, other=-float("inf"), eviction_policy="evict_first").to(ACC)
         u = 0.0
         if WEIGHTED:
-            u = tl.load(class_weights + column, mask=inside, other=0.0)
+            u = class_weights_at(class_weights, row, column, inside, column == label, classes, SOFT)
         g = class_gradient(
             z, column == label, u, a, b, c, offset, smooth, label_gradient, top, SQUARES, MOMENTS, WEIGHTED
         )
@@ -137,7 +145,7 @@ def label_logit_of(row_logits, y, valid, known, class_stride, ACC: tl.constexpr)
 def row_kernel(
     logits,
     labels,  # int64 (rows,)
-    class_weights,  # ACC (classes,) or None
+    class_weights,  # ACC (classes,) or None; with SOFT (rows, classes)
     tau,  # ACC, tau of row i at i * tau_step, or None: tau_value
     upstream,  # ACC, upstream gradient of row i at i * upstream_step, or None: 1
     parts,  # float64 (num_parts,), with MEAN == FROM_PARTS
@@ -168,7 +176,8 @@ def row_kernel(
     smoothing: tl.float64,
     TRUTH: tl.constexpr,
     DISTANCE: tl.constexpr,
-    SMOOTH: tl.constexpr,
+    SMOOTH: tl.constexpr,  # smoothing > 0, or SOFT
+    SOFT: tl.constexpr,  # the target is class probabilities
     MEAN: tl.constexpr,
     SKIP: tl.constexpr,  # return at once where the upstream gradient is 1
     FLAT: tl.constexpr,  # rows are outer_stride apart
@@ -192,15 +201,17 @@ def row_kernel(
     row_logits = logits + row_start(row, inner, outer_stride, inner_stride, FLAT)
     end = slice_end(classes, classes, valid, WIDTH)  # an ignored row is not read
     stats = slice_stats(
-        row_logits, y, class_weights, 0, end, class_stride, WIDTH, SQUARES, MOMENTS, WEIGHTED, ACC, CHUNK, BLOCK
-    )
+        row_logits, row, y, class_weights, classes, 0, end, class_stride,
+        WIDTH, SQUARES, MOMENTS, WEIGHTED, SOFT, ACC, CHUNK, BLOCK,
+    )  # fmt: skip
     if saved is not None:
         save_stats(saved, row, stats)
     label_logit = label_logit_of(row_logits, y, valid, known, class_stride, ACC)
-    divisor = mean_denominator(labels, class_weights, parts, num_parts, rows, classes, ignore_index, MEAN)
+    divisor = mean_denominator(labels, class_weights, parts, num_parts, rows, classes, ignore_index, MEAN, SOFT)
     loss, gradient = finished_rows(
         stats, label_logit, row, valid, y, tau, tau_value, tau_step, class_weights, classes, ignore_index,
-        q, scale, margin, smoothing, row_losses, reports, tau_grad, rows, row >= 0, TRUTH, DISTANCE, SMOOTH, ACC,
+        q, scale, margin, smoothing, row_losses, reports, tau_grad, rows, row >= 0, TRUTH, DISTANCE, SMOOTH,
+        WEIGHTED, SOFT, ACC,
     )  # fmt: skip
     if losses is not None:
         tl.store(losses + row, loss.to(tl.float64))
@@ -210,8 +221,8 @@ def row_kernel(
         row_grad = grad + row_start(row, inner, grad_outer, grad_inner, FLAT)
         coefficients = scaled_gradient(gradient, stats, row, upstream, upstream_step, divisor, row >= 0, ACC)
         write_gradient(
-            row_logits, row_grad, y, class_weights, 0, end, class_stride, grad_class, coefficients,
-            WIDTH, SQUARES, MOMENTS, WEIGHTED, ACC, CHUNK, BLOCK,
+            row_logits, row_grad, row, y, class_weights, classes, 0, end, class_stride, grad_class, coefficients,
+            WIDTH, SQUARES, MOMENTS, WEIGHTED, SOFT, ACC, CHUNK, BLOCK,
         )  # fmt: skip
         write_zeros(row_grad, end, slice_end(classes, classes, row >= 0, WIDTH), grad_class, WIDTH, CHUNK, BLOCK)
 
@@ -220,7 +231,7 @@ def row_kernel(
 def stats_kernel(
     logits,
     labels,  # int64 (rows,)
-    class_weights,  # ACC (classes,) or None
+    class_weights,  # ACC (classes,) or None; with SOFT (rows, classes)
     saved,  # out: ACC (rows, slices, SAVED)
     rows: tl.int64,
     classes: tl.int64,
@@ -233,6 +244,7 @@ def stats_kernel(
     slice_size: tl.int64,
     DISTANCE: tl.constexpr,
     SMOOTH: tl.constexpr,
+    SOFT: tl.constexpr,
     FLAT: tl.constexpr,
     WIDTH: tl.constexpr,
     ACC: tl.constexpr,
@@ -252,8 +264,9 @@ def stats_kernel(
     last = slice_end((part + 1) * slice_size, classes, valid, WIDTH)
     row_logits = logits + row_start(row, inner, outer_stride, inner_stride, FLAT)
     stats = slice_stats(
-        row_logits, y, class_weights, first, last, class_stride, WIDTH, SQUARES, MOMENTS, WEIGHTED, ACC, CHUNK, BLOCK
-    )
+        row_logits, row, y, class_weights, classes, first, last, class_stride,
+        WIDTH, SQUARES, MOMENTS, WEIGHTED, SOFT, ACC, CHUNK, BLOCK,
+    )  # fmt: skip
     save_stats(saved, row * slices + part, stats)
 
 
@@ -261,7 +274,7 @@ def stats_kernel(
 def gradient_kernel(
     logits,
     labels,  # int64 (rows,)
-    class_weights,  # ACC (classes,) or None
+    class_weights,  # ACC (classes,) or None; with SOFT (rows, classes)
     tau,  # ACC, tau of row i at i * tau_step, or None: tau_value
     upstream,  # ACC, upstream gradient of row i at i * upstream_step, or None: 1
     parts,  # float64 (num_parts,), with MEAN == FROM_PARTS
@@ -294,7 +307,8 @@ def gradient_kernel(
     smoothing: tl.float64,
     TRUTH: tl.constexpr,
     DISTANCE: tl.constexpr,
-    SMOOTH: tl.constexpr,
+    SMOOTH: tl.constexpr,  # smoothing > 0, or SOFT
+    SOFT: tl.constexpr,  # the target is class probabilities
     MEAN: tl.constexpr,
     SKIP: tl.constexpr,  # return at once where the upstream gradient is 1
     FLAT: tl.constexpr,
@@ -320,10 +334,11 @@ def gradient_kernel(
     row_logits = logits + row_start(row, inner, outer_stride, inner_stride, FLAT)
     stats = merge_all(saved_stats(saved, row, slices, SLICES_BLOCK), SQUARES, MOMENTS, WEIGHTED, 0)
     label_logit = label_logit_of(row_logits, y, valid, known, class_stride, ACC)
-    divisor = mean_denominator(labels, class_weights, parts, num_parts, rows, classes, ignore_index, MEAN)
+    divisor = mean_denominator(labels, class_weights, parts, num_parts, rows, classes, ignore_index, MEAN, SOFT)
     loss, gradient = finished_rows(
         stats, label_logit, row, valid, y, tau, tau_value, tau_step, class_weights, classes, ignore_index,
-        q, scale, margin, smoothing, row_losses, reports, tau_grad, rows, part == 0, TRUTH, DISTANCE, SMOOTH, ACC,
+        q, scale, margin, smoothing, row_losses, reports, tau_grad, rows, part == 0, TRUTH, DISTANCE, SMOOTH,
+        WEIGHTED, SOFT, ACC,
     )  # fmt: skip
     if losses is not None:
         tl.store(losses + row, loss.to(tl.float64), mask=part == 0)
@@ -338,7 +353,7 @@ def gradient_kernel(
         if WIDTH > 0:
             middle = middle // WIDTH * WIDTH
         write_gradient(
-            row_logits, row_grad, y, class_weights, first, middle, class_stride, grad_class, coefficients,
-            WIDTH, SQUARES, MOMENTS, WEIGHTED, ACC, CHUNK, BLOCK,
+            row_logits, row_grad, row, y, class_weights, classes, first, middle, class_stride, grad_class,
+            coefficients, WIDTH, SQUARES, MOMENTS, WEIGHTED, SOFT, ACC, CHUNK, BLOCK,
         )  # fmt: skip
         write_zeros(row_grad, middle, last, grad_class, WIDTH, CHUNK, BLOCK)

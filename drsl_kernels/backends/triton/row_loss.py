@@ -21,6 +21,7 @@ NON_TARGET: tl.constexpr = tl.constexpr(2)
 NON_TARGET_LOGITS: tl.constexpr = tl.constexpr(3)
 CONDITIONAL: tl.constexpr = tl.constexpr(4)
 KL: tl.constexpr = tl.constexpr(5)
+KL_SOFTMAX: tl.constexpr = tl.constexpr(6)
 
 
 @triton.constexpr_function
@@ -32,7 +33,7 @@ def needs_squares(DISTANCE):
 @triton.constexpr_function
 def needs_moments(DISTANCE):
     """Whether a distance reads h and V."""
-    return DISTANCE in (3, 5)
+    return DISTANCE in (3, 5, 6)
 
 
 # Elementary functions, for one value per row. The hardware's own float32 exponential and logarithm lose digits for
@@ -91,13 +92,19 @@ def expm1_(x):
     return tl.where(u == 1.0, x, tl.where(u < 0.25, below, below * (x / tl.where(plain, 1.0, log_(u)))))
 
 
-# Statistics: a tuple (M, A1, A2, h, V, n, U, M - nu). Those that a call does not read are 0; without class weights
-# U = n and M - nu = h.
+# Statistics: a tuple (M, A1, A2, h, V, n, U, sum u_k (M - z_k)). Those that a call does not read are 0 or arbitrary.
 
 
 @triton.jit
-def row_stats_of(rest, u, SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.constexpr, AXIS: tl.constexpr):
-    """Statistics of tiles along AXIS. `rest` holds -inf where a class does not count; u are class weights."""
+def row_stats_of(
+    rest, u,
+    SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.constexpr, SOFT: tl.constexpr, AXIS: tl.constexpr,
+):  # fmt: skip
+    """Statistics of tiles along AXIS. `rest` holds -inf where a class does not count; u are class weights.
+
+    With SOFT they are those of class probabilities: a masked class with u > 0 costs infinitely much. (u is 0 then where
+    the class is the label or does not exist.)
+    """
     lowest = -float("inf")
     M = tl.max(rest, axis=AXIS)
     top = tl.expand_dims(tl.where(M == lowest, 0.0, M), AXIS)
@@ -117,11 +124,13 @@ def row_stats_of(rest, u, SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED
         h = tl.sum(below, axis=AXIS) / tl.where(n > 1.0, n, 1.0)
         step = tl.where(present, below - tl.expand_dims(h, AXIS), 0.0)
         V = tl.sum(step * step, axis=AXIS)
-        weighted_depth = h
         if WEIGHTED:
             share = tl.where(present, u, 0.0)
             U = tl.sum(share, axis=AXIS)
-            weighted_depth = tl.sum(share * below, axis=AXIS) / tl.where(U == 0.0, 1.0, U)
+            cost = share * below
+            if SOFT:
+                cost = tl.where(present | (u == 0.0), cost, float("inf"))
+            weighted_depth = tl.sum(cost, axis=AXIS)
     return M, A1, A2, h, V, n, U, weighted_depth
 
 
@@ -156,11 +165,9 @@ def merge(x, y, SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.const
         step = (h_y + drop_y) - depth_x
         h = depth_x + step * share
         V = V_x + V_y + step * step * (n_x * share)
-        d = h
         if WEIGHTED:
             U = U_x + U_y
-            depth_x = d_x + drop_x
-            d = depth_x + ((d_y + drop_y) - depth_x) * (U_y / tl.where(U == 0.0, 1.0, U))
+            d = (d_x + U_x * drop_x) + (d_y + U_y * drop_y)
     return M, A1, A2, h, V, n, U, d
 
 
@@ -185,10 +192,9 @@ def merge_all(parts, SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.
         h = tl.sum(n_i * depth_i, axis=AXIS) / tl.where(n > 1.0, n, 1.0)
         step = depth_i - tl.expand_dims(h, AXIS)
         V = tl.sum(V_i + n_i * (step * step), axis=AXIS)
-        d = h
         if WEIGHTED:
             U = tl.sum(U_i, axis=AXIS)
-            d = tl.sum(U_i * (d_i + drop_i), axis=AXIS) / tl.where(U == 0.0, 1.0, U)
+            d = tl.sum(d_i + U_i * drop_i, axis=AXIS)
     return M, A1, A2, h, V, n, U, d
 
 
@@ -205,7 +211,7 @@ def difference_error(x, y, rounded):
 
 @triton.jit
 def label_odds(M, A1, label, scale, margin):
-    """delta, p, w and softplus(delta)."""
+    """delta, p, w, softplus(delta) and softplus(-delta)."""
     scaled = scale * label
     target = scaled - margin
     gap = M - target
@@ -220,7 +226,8 @@ def label_odds(M, A1, label, scale, margin):
     small = tail * big
     p = tl.where(wrong, small, big)
     w = tl.where(wrong, big, small)
-    return delta, p, w, tl.where(wrong, delta, 0.0) + log1p_(tail)
+    rise = log1p_(tail)
+    return delta, p, w, tl.where(wrong, delta, 0.0) + rise, tl.where(wrong, 0.0, -delta) + rise
 
 
 @triton.jit
@@ -237,7 +244,7 @@ def truth_term(delta, p, w, softplus, q, TRUTH: tl.constexpr):
 
 
 @triton.jit
-def distance_term(p, w, rho, kappa, V, n, DISTANCE: tl.constexpr):
+def distance_term(p, w, softplus, softminus, rho, kappa, V, n, DISTANCE: tl.constexpr):
     """D and its derivatives by delta, rho, V and kappa."""
     zero = tl.zeros_like(p)
     one = zero + 1.0
@@ -253,6 +260,11 @@ def distance_term(p, w, rho, kappa, V, n, DISTANCE: tl.constexpr):
         return rho - even, zero, one, zero, zero
     elif DISTANCE == KL:
         return kappa - log_(count), zero, zero, zero, one
+    elif DISTANCE == KL_SOFTMAX:
+        share = count / (count + 1.0)
+        own = 1.0 / (count + 1.0)
+        value = own * softplus + share * (kappa + softminus) - log_(count + 1.0)
+        return value, own * w - share * p, zero, zero, share
     else:
         return zero, zero, zero, zero, zero
 
@@ -269,10 +281,12 @@ def row_loss(
     smoothing,
     TRUTH: tl.constexpr,
     DISTANCE: tl.constexpr,
-    SMOOTH: tl.constexpr,  # smoothing > 0
+    SMOOTH: tl.constexpr,  # smoothing > 0, or SOFT
+    WEIGHTED: tl.constexpr,  # U and the weighted depth are those of class weights or probabilities
+    SOFT: tl.constexpr,  # class probabilities
 ):
-    """(loss, -log p, D, margin) and the gradient coefficients (a, b, c, d, smooth, label)."""
-    M, A1, A2, h, V, n, U, rest_depth = stats
+    """(loss, -log p, D, margin, derivative by tau) and the gradient coefficients (a, b, c, d, smooth, label)."""
+    M, A1, A2, h, V, n, U, weighted_depth = stats
     inf = float("inf")
     nan = float("nan")
     alone = A1 == 0.0
@@ -283,37 +297,52 @@ def row_loss(
     kappa = h + log_sum
     count = tl.where(n > 1.0, n, 1.0)
 
-    delta, p, w, softplus = label_odds(M, sum_exp, label, scale, margin)
+    delta, p, w, softplus, softminus = label_odds(M, sum_exp, label, scale, margin)
     T, T_delta = truth_term(delta, p, w, softplus, q, TRUTH)
-    D, D_delta, D_rho, D_V, D_kappa = distance_term(p, w, rho, kappa, V, n, DISTANCE)
+    D, D_delta, D_rho, D_V, D_kappa = distance_term(p, w, softplus, softminus, rho, kappa, V, n, DISTANCE)
 
     value = weight * T
     F_delta = weight * T_delta
+    F_sum = F_delta  # F_delta + F_kappa, which do not have to cancel
     F_mean = tl.zeros_like(F_delta)  # F_kappa of the smoothing term
+    lost = tl.zeros_like(F_delta)
     if SMOOTH:
-        share = smoothing / (n + 1.0)
-        A = (1.0 - smoothing) * weight + share * (weight + U)
-        B = share * U
-        # The label at -inf makes delta +inf; the loss is +inf then, and must not become inf - inf.
-        value = A * T + B * (rest_depth + log_sum - tl.where(delta == inf, 0.0, delta))
-        F_delta = A * T_delta - B
-        F_mean = B
-    strength = tau * weight
+        share = tl.full((), 1.0, n.dtype) if SOFT else smoothing / (n + 1.0)
+        own = share * weight if SOFT else (1.0 - smoothing) * weight + share * weight
+        rest_depth = h
+        if WEIGHTED:
+            rest_depth = weighted_depth / tl.where(U == 0.0, 1.0, U)
+        # sum u_k (-log p_k), of terms that do not cancel. The label at -inf makes -log p inf, and 0 inf is no loss.
+        others = tl.where(U == 0.0, rest_depth, U * (rest_depth + log_sum + softminus))
+        value = tl.where(own == 0.0, 0.0, own * T) + share * others
+        F_mean = share * U
+        F_delta = own * w - F_mean * p
+        F_sum = (own + F_mean) * w
+        if SOFT:
+            lost = tl.where(rest_depth == inf, inf, 0.0)
+    cross_entropy = softplus
+    penalty_weight = weight
+    if SOFT:
+        cross_entropy = value
+        penalty_weight = tl.zeros_like(weight) + 1.0
+    strength = tau * penalty_weight
     value += tl.where(strength == 0.0, 0.0, strength * D)  # 0 * inf is not a penalty
     # Not every term reads delta, and a maximum may pass over a NaN: what the row reports must be NaN all the same.
     poison = tl.where(delta == delta, 0.0, nan)
-    F_delta += strength * D_delta + poison
+    D_delta = strength * D_delta + poison
     F_rho = strength * D_rho
     F_kappa = strength * D_kappa
 
     # A row without a rest (one class, or all others masked) has loss and gradient 0.
     label_or_zero = tl.where(tl.abs(label) < inf, 0.0, nan)
-    a = tl.where(alone, 0.0, F_delta + F_mean + F_kappa - 2.0 * rho * F_rho)
+    a = tl.where(alone, 0.0, (F_sum + D_delta) + F_kappa - 2.0 * rho * F_rho)
+    distance = tl.where(alone, label_or_zero, D + poison)
     report = (
-        tl.where(alone, label_or_zero, value),
-        tl.where(alone, label_or_zero, softplus),
-        tl.where(alone, label_or_zero, D + poison),
+        tl.where(alone, label_or_zero + lost, value),
+        tl.where(alone, label_or_zero + lost, cross_entropy),
+        distance,
         label - M + poison,
+        penalty_weight * distance,
     )
     gradient = (
         a,
@@ -321,6 +350,6 @@ def row_loss(
         2.0 * strength * D_V,
         F_kappa / count,
         F_mean / tl.where(U == 0.0, 1.0, U),
-        tl.where(alone, label_or_zero, -scale * F_delta),
+        tl.where(alone, label_or_zero, -scale * (F_delta + D_delta)),
     )
     return report, gradient

@@ -39,7 +39,8 @@ jit = triton.jit(do_not_specialize=[*COUNTS, *STRIDES, *VALUES])
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Labels, weights, and what the mean divides by
+# Labels, weights, and what the mean divides by. With SOFT the labels are classes of class probabilities, and
+# class_weights holds (rows, classes) numbers: each probability times the weight of its class.
 
 
 @triton.jit
@@ -52,6 +53,27 @@ def weights_of(labels, class_weights, classes, ignore_index):
         weight = tl.load(class_weights + labels, mask=known, other=1.0)
         weight = tl.where(counts, weight, 0.0)
     return weight
+
+
+@triton.jit
+def row_weights(labels, row, class_weights, classes, ignore_index, SOFT: tl.constexpr):
+    """u_y of rows."""
+    if SOFT:
+        known = (labels != ignore_index) & (labels >= 0) & (labels < classes)
+        weight = tl.load(class_weights + row * classes + labels, mask=known, other=1.0)
+    else:
+        weight = weights_of(labels, class_weights, classes, ignore_index)
+    return weight
+
+
+@triton.jit
+def class_weights_at(class_weights, row, column, mask, is_label, classes, SOFT: tl.constexpr):
+    """u_k of the classes of rows; with SOFT 0 at the label, which is not in the rest."""
+    if SOFT:
+        u = tl.load(class_weights + row * classes + column, mask=mask & (is_label == 0), other=0.0)
+    else:
+        u = tl.load(class_weights + column, mask=mask, other=0.0)
+    return u
 
 
 @triton.jit
@@ -83,9 +105,12 @@ def label_weights_kernel(
 
 
 @triton.jit
-def mean_denominator(labels, class_weights, parts, num_parts, rows, classes, ignore_index, MEAN: tl.constexpr):
+def mean_denominator(
+    labels, class_weights, parts, num_parts, rows, classes, ignore_index, MEAN: tl.constexpr, SOFT: tl.constexpr
+):  # fmt: skip
     if MEAN == FROM_LABELS:
-        total = summed_label_weights(labels, class_weights, 0, COUNT_BLOCK, rows, classes, ignore_index, COUNT_BLOCK)
+        weights = None if SOFT else class_weights
+        total = summed_label_weights(labels, weights, 0, COUNT_BLOCK, rows, classes, ignore_index, COUNT_BLOCK)
     elif MEAN == FROM_PARTS:
         part = tl.arange(0, MAX_PARTS)
         total = tl.sum(tl.load(parts + part, mask=part < num_parts, other=0.0), axis=0)
@@ -125,10 +150,11 @@ def row_start(row, inner, outer_stride, inner_stride, FLAT: tl.constexpr):
 def finished_rows(
     stats, label_logit, row, valid, y, tau, tau_value, tau_step, class_weights, classes, ignore_index,
     q, scale, margin, smoothing, row_losses, reports, tau_grad, rows, write,
-    TRUTH: tl.constexpr, DISTANCE: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr,
+    TRUTH: tl.constexpr, DISTANCE: tl.constexpr, SMOOTH: tl.constexpr, WEIGHTED: tl.constexpr, SOFT: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """Losses of rows, their gradient coefficients, and what is reported of them. Elementwise over rows."""
-    weight = weights_of(y, class_weights, classes, ignore_index).to(ACC)
+    weight = row_weights(y, row, class_weights, classes, ignore_index, SOFT).to(ACC)
     if tau is None:
         strength = tl.zeros_like(label_logit) + tl.full((), tau_value, ACC)
     else:
@@ -136,7 +162,7 @@ def finished_rows(
     report, gradient = row_loss(
         stats, label_logit, strength, weight,
         tl.full((), q, ACC), tl.full((), scale, ACC), tl.full((), margin, ACC), tl.full((), smoothing, ACC),
-        TRUTH, DISTANCE, SMOOTH,
+        TRUTH, DISTANCE, SMOOTH, WEIGHTED, SOFT,
     )  # fmt: skip
     loss = tl.where(valid, report[0], 0.0)
     if row_losses is not None:
@@ -145,7 +171,7 @@ def finished_rows(
         for i in tl.static_range(3):
             tl.store(reports + i * rows + row, tl.where(valid, report[i + 1], 0.0), mask=write)
     if tau_grad is not None:
-        tl.store(tau_grad + row, tl.where(valid, report[2] * weight, 0.0), mask=write)
+        tl.store(tau_grad + row, tl.where(valid, report[4], 0.0), mask=write)
     return loss, gradient
 
 
