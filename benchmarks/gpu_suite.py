@@ -1,6 +1,7 @@
 """Everything that needs a GPU, by one command: `python benchmarks/gpu_suite.py --out DIR`.
 
-Needs Python, torch, triton, nvcc and no network. Stages, each in processes of its own and within its time:
+Needs Python with torch, triton, pytest and what the build needs (setuptools, cmake, ninja, pybind11), nvcc, and no
+network. Stages, each in processes of its own and within its time:
 
     build      the package in place, with its CUDA kernels
     test       pytest, the tests marked `gpu`, on both GPU backends
@@ -261,7 +262,9 @@ def sanitize(suite: Suite) -> Outcome:
     bad = [f for f in found if f["failure"] or f["errors"] != 0]
     failure = "; ".join(f"{f['tool']} {f['part']}: {f['failure'] or f['errors']}" for f in bad)
     note = "; ".join(f"{f['tool']} {f['errors']} errors in {f['done']}" for f in found)
-    return Outcome(failure, {"sanitize": found}, note)
+    if suite.dry_run:
+        note = f"no tool ran: {exercised(result)}; recorded output of {' and '.join(SANITIZERS)} was read"
+    return Outcome(failure, {"sanitize": found, "recorded": suite.dry_run}, note)
 
 
 def bench(suite: Suite) -> Outcome:
@@ -292,8 +295,10 @@ def profile(suite: Suite) -> Outcome:
     (suite.out / "ncu.txt").write_text(result.output)
     kernels = parse_ncu(result.output)
     failure = result.failure or ("" if kernels else "ncu reported no kernels")
-    found = {"profile": {"kernels": kernels, "summary": report.summary_of_kernels(kernels)}}
-    return Outcome(failure and f"{failure}: {last_line(result)}", found, f"{len(kernels)} kernels")
+    summary = report.summary_of_kernels(kernels)
+    found = {"profile": {"kernels": kernels, "summary": summary, "recorded": suite.dry_run}}
+    note = f"{len(kernels)} kernels{' in recorded output of ncu, which did not run' if suite.dry_run else ''}"
+    return Outcome(failure and f"{failure}: {last_line(result)}", found, note)
 
 
 STAGES: dict[str, Callable[[Suite], Outcome]] = {

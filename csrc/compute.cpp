@@ -312,6 +312,16 @@ void run_on_device(const Task& task, const at::TensorOptions& options, const Con
 
 #endif
 
+// A batch without rows, or rows without classes: no label is one, so all but ignored rows are NaN.
+void fill_empty(const Inputs& in, const Config& config, const Result& result) {
+  if (result.stats.defined()) result.stats.zero_();
+  if (!result.loss.defined()) return;
+  const Tensor rows = at::where(in.y == config.ignore_index, 0.0, std::nan("")).to(result.loss.scalar_type());
+  if (config.reduction == Reduction::none) result.loss.copy_(rows.reshape(result.loss.sizes()));
+  else if (config.reduction == Reduction::sum) result.loss.copy_(rows.sum());
+  else result.loss.fill_(std::nan(""));
+}
+
 }  // namespace
 
 bool on_device([[maybe_unused]] const Tensor& t) {
@@ -355,7 +365,11 @@ Result compute(const Tensor& logits_in, const Tensor& y_in, const Tensor& weight
   Result result;
   const auto options = in.logits.options().dtype(in.acc);
   const double denominator = device ? 1 : scan_labels(kernels(), in, config, result);
-  if (device && Layout(in.logits, Tensor()).sizes.size() > kMaxDeviceDims) in.logits = in.logits.contiguous();
+  if (device && in.logits.dim() > static_cast<int64_t>(kMaxDeviceDims) + 1) {
+    // The gradient of a view may be laid out in another way than the view.
+    const Tensor grad = later.grad.defined() ? later.grad : at::empty_like(in.logits, options.device(at::kMeta));
+    if (Layout(in.logits, grad).sizes.size() > kMaxDeviceDims) in.logits = in.logits.contiguous();
+  }
   if (wanted.grad) result.grad = later.grad.defined() ? later.grad : at::empty_like(in.logits);
   if (wanted.tau_grad) result.tau_grad = at::zeros({in.y.numel()}, options);
   if (wanted.loss) {
@@ -370,12 +384,13 @@ Result compute(const Tensor& logits_in, const Tensor& y_in, const Tensor& weight
   }
 
   const Layout layout(in.logits, result.grad);
+  TORCH_CHECK(!device || layout.sizes.size() <= kMaxDeviceDims, "a layout of ", layout.sizes.size(), " dimensions");
   const Task task = make_task(in, config, wanted, result, layout);
   if (!device) run_on_cpu(kernels(), task, config, denominator, result);
 #ifdef DRSL_WITH_CUDA
   else if (in.logits.numel() > 0) run_on_device(task, options, config, wanted, later, result);
 #endif
-  else if (wanted.loss) result.loss.fill_(config.reduction == Reduction::mean ? std::nan("") : 0.0);
+  else fill_empty(in, config, result);
   return result;
 }
 

@@ -57,6 +57,21 @@ bool is_readable(const Tensor& t, at::Device device) {
   return t.device() == device && !t.key_set().has_any(wrappers);
 }
 
+// A saved tensor as one pass needs it: unpacked when it is first asked for, and once, which is all that the hooks of a
+// checkpoint allow.
+class Once {
+ public:
+  explicit Once(const torch::autograd::SavedVariable& saved) : saved_(saved) {}
+  const Tensor& operator()() {
+    if (!tensor_) tensor_ = saved_.unpack();
+    return *tensor_;
+  }
+
+ private:
+  const torch::autograd::SavedVariable& saved_;
+  std::optional<Tensor> tensor_;
+};
+
 struct SoftmaxLossBackward : torch::autograd::Node {
   Config config;
   torch::autograd::SavedVariable logits, y, weight, tau;
@@ -90,45 +105,46 @@ struct SoftmaxLossBackward : torch::autograd::Node {
     torch::autograd::variable_list grads(num_outputs());
     if (!upstream.defined()) return grads;
     if (at::GradMode::is_enabled() || !is_readable(upstream, device)) return differentiable(upstream);
-    if (task_should_compute_output(0)) grads[0] = logits_gradient(upstream);
-    if (grads.size() > 1 && task_should_compute_output(1)) grads[1] = tau_gradient(upstream);
+    Once target(y), like(tau);  // what both gradients may ask for
+    if (task_should_compute_output(0)) grads[0] = logits_gradient(upstream, target, like);
+    if (grads.size() > 1 && task_should_compute_output(1)) grads[1] = tau_gradient(upstream, target, like());
     return grads;
   }
 
-  Tensor logits_gradient(const Tensor& upstream) {
+  Tensor logits_gradient(const Tensor& upstream, Once& target, Once& like) {
     const bool single = is_single_value(upstream);
     const bool keep = torch::autograd::get_current_graph_task_keep_graph();
     if (grad_on_device) {
       // Whether the gradient at hand is right is decided there; one that somebody will need again is left alone.
-      return gradient_later(single ? upstream.as_strided({}, {}) : upstream, keep ? Tensor() : std::move(grad));
+      return gradient_later(single ? upstream.as_strided({}, {}) : upstream, keep ? Tensor() : std::move(grad), target,
+                            like);
     }
     const double factor = single ? single_value(upstream) : 0;
     if (single && factor == 1 && grad.defined()) return take(keep);
     if (!grad.defined() || at::isReducedFloatingType(grad.scalar_type())) {
       // Scaling a rounded gradient would round it twice.
-      return gradient_later(single ? at::scalar_tensor(factor, upstream.options()) : upstream, Tensor());
+      return gradient_later(single ? at::scalar_tensor(factor, upstream.options()) : upstream, Tensor(), target, like);
     }
     if (single) return keep ? grad.mul(factor) : take(false).mul_(factor);
     const Tensor rows = (grad.dim() == 1 ? upstream.reshape({}) : upstream.unsqueeze(1)).to(grad.scalar_type());
     return keep ? grad.mul(rows) : take(false).mul_(rows);
   }
 
-  Tensor gradient_later(const Tensor& upstream, Tensor buffer) {
+  Tensor gradient_later(const Tensor& upstream, Tensor buffer, Once& target, Once& like) {
     Wanted wanted;
     wanted.grad = true;
     const Later later{upstream, denominator, saved, std::move(buffer)};
-    return compute(logits.unpack(), y.unpack(), weight.unpack(), tau.unpack(), config, wanted, later).grad;
+    return compute(logits.unpack(), target(), weight.unpack(), like(), config, wanted, later).grad;
   }
 
   // The buffer itself where nobody needs it again, a copy where a later backward pass will.
   Tensor take(bool keep) { return keep ? grad.clone() : std::move(grad); }
 
-  Tensor tau_gradient(const Tensor& upstream) {
-    const Tensor like = tau.unpack();
+  Tensor tau_gradient(const Tensor& upstream, Once& target, const Tensor& like) {
     Tensor rows = tau_grad * upstream.to(tau_grad.scalar_type()).reshape({-1}) * grad_scale;
     if (denominator.defined()) {
       // Where no row counts the loss is NaN, but nothing depends on it.
-      const Tensor ignored = y.unpack().reshape({-1}) == config.ignore_index;
+      const Tensor ignored = target().reshape({-1}) == config.ignore_index;
       rows = at::where(ignored, at::zeros({}, rows.options()), (rows / denominator).to(rows.scalar_type()));
     }
     return (like.dim() == 0 ? rows.sum() : rows.reshape(like.sizes())).to(like.options());

@@ -134,12 +134,12 @@ DRSL_FN RowStats<T> merge(const RowStats<T>& x, const RowStats<T>& y) {
   const T count = x.count + y.count;
   const T share = select(count == T(0), T(0), y.count / count);
   const T depth_x = x.depth + drop_x, depth_y = y.depth + drop_y;
-  const T step = depth_y - depth_x;
+  const T step = depth_y - depth_x, between = x.count * share;
   return {max,
           x.sum_exp * fx + y.sum_exp * fy,
           x.sum_exp2 * (fx * fx) + y.sum_exp2 * (fy * fy),
           depth_x + step * share,
-          x.variance + y.variance + step * step * (x.count * share),
+          x.variance + y.variance + select(between == T(0), T(0), step * step * between),  // step^2 may overflow
           count};
 }
 

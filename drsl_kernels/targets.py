@@ -48,7 +48,7 @@ def soft_target(
     if weight is not None:
         weight = weight.detach().to(dtype)
         weights = weights * weight
-        row_weight = q @ weight
+        row_weight = (q * weight).sum(-1)  # not a product of matrices: autocast would round it
         if isinstance(tau, Tensor):
             tau = tau.to(device=q.device, dtype=dtype).reshape(() if tau.dim() == 0 else labels.shape)
         tau = tau * row_weight

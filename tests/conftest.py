@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 
 # Triton decides when it is imported whether it compiles its kernels or interprets them on the CPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -15,17 +17,19 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
 import drsl_kernels
 from drsl_kernels import backends
 from drsl_kernels._build import load_extension
 from drsl_kernels.backends import cpp
 
-settings.register_profile(
-    "repeatable", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.load_profile("repeatable")
+if find_spec("hypothesis") is not None:  # the tests that need a GPU do without
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile(
+        "repeatable", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("repeatable")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,21 +46,75 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Slow tests come first, so that no worker is left with them; large grids are thinned for Triton's interpreter.
-
-    It gets every fifth case. Five has no factor in common with the number of dtypes, distances, truths or reductions,
-    so all of them come up.
-    """
+    """Slow tests come first, so that no worker is left with them; large grids are thinned for Triton's interpreter."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if config.getoption("--all-interpreted"):
         return
-    grids: dict[str, list[pytest.Item]] = {}
+    grids: dict[str, list[pytest.Function]] = {}
     for item in items:
         if isinstance(item, pytest.Function) and "triton" in item.name.partition("[")[2]:
             grids.setdefault(f"{item.path}:{item.originalname}", []).append(item)
-    left_out = {item for grid in grids.values() if len(grid) > 20 for i, item in enumerate(grid) if i % 5}
+    left_out: set[pytest.Item] = set()
+    for grid in grids.values():
+        left_out |= set(grid) - thinned(grid)
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
+    config.stash[LEFT_OUT] = len(left_out)
+
+
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def thinned(grid: list[pytest.Function]) -> set[pytest.Item]:
+    """A fifth of a grid of more than 20 cases, in which every value of every parameter still comes up."""
+    if len(grid) <= 20:
+        return set(grid)
+    shuffled = sorted(grid, key=lambda item: hashlib.sha256(item.nodeid.encode()).digest())
+    kept: set[pytest.Item] = set()
+    seen: set[tuple[str, str]] = set()
+    for item in shuffled:
+        values = {(name, str(index)) for name, index in item.callspec.indices.items()}
+        if not values <= seen or 5 * len(kept) < len(grid):
+            kept.add(item)
+            seen |= values
+    return kept
+
+
+# What the last lines of a run count: proof that needs no GPU
+PROOFS = {
+    "Triton kernels interpreted": re.compile(r"\[(.*-)?triton[-\]]|test_triton\.py|test_twins\.py"),
+    "Triton kernels compiled for a GPU": re.compile(r"test_triton_compile\.py"),
+    "CUDA kernels run on the CPU": re.compile(r"\[(.*-)?cuda[-\]]|test_cuda\.py|test_twins\.py"),
+    "CUDA kernels compiled for GPUs": re.compile(r"test_cuda_compile\.py"),
+    "the GPU suite rehearsed": re.compile(r"test_gpu_suite\.py"),
+}
+_left_out_by_workers: list[int] = []
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash.get(LEFT_OUT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """A worker of pytest-xdist is done: all of them leave out the same cases."""
+    _left_out_by_workers.append(getattr(node, "workeroutput", {}).get("left_out", 0))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    passed = [report.nodeid for report in terminalreporter.stats.get("passed", ())]
+    counts = {what: sum(bool(pattern.search(node)) for node in passed) for what, pattern in PROOFS.items()}
+    if not any(counts.values()):
+        return
+    terminalreporter.section("passed without a GPU")
+    for what, count in counts.items():
+        terminalreporter.write_line(f"{count:6} {what}")
+    left_out = max([config.stash.get(LEFT_OUT, 0), *_left_out_by_workers])
+    if left_out:
+        terminalreporter.write_line(
+            f"{left_out:6} further cases of the interpreter left out: --all-interpreted runs them"
+        )
 
 
 # Two workers of the suite share the machine; tests of threading ask for more (`two_threads`).

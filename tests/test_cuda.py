@@ -96,3 +96,29 @@ def test_batch_without_a_row_that_counts() -> None:
     assert math.isnan(loss)
     assert (grad == 0).all()
     assert tau_grad == 0
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_views_of_many_dimensions(seed: int) -> None:
+    """Expanded and permuted: the gradient of such a view is laid out in another way than the view."""
+    generator = torch.Generator().manual_seed(seed)
+    dims = 5 + seed % 5
+    sizes = [1 if torch.rand((), generator=generator) < 0.4 else 2 for _ in range(dims)]
+    z = random_logits(*sizes, seed=seed).permute(*torch.randperm(dims, generator=generator).tolist())
+    z = z.expand(*[2] * dims).permute(*torch.randperm(dims, generator=generator).tolist())
+    y = random_labels(2, *z.shape[2:], classes=z.shape[1])
+    got = run(z, y, 0.3, distance="uniform", backend="cuda")
+    torch.testing.assert_close(got, run(z.contiguous(), y, 0.3, distance="uniform", backend="cuda"))
+
+
+def test_rows_without_classes() -> None:
+    z = torch.empty(3, 0)
+    for reduction in ("none", "sum", "mean"):
+        loss, stats = fused_drsl_loss(
+            z, torch.full((3,), -100), 0.3, reduction=reduction, return_stats=True, backend="cuda"
+        )
+        assert (loss.isnan() if reduction == "mean" else loss == 0).all()
+        assert all((value == 0).all() for value in stats)
+        assert (
+            fused_drsl_loss(z, torch.zeros(3, dtype=torch.long), 0.3, reduction=reduction, backend="cuda").isnan().all()
+        )

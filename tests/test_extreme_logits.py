@@ -11,6 +11,8 @@ from cases import PAIR_IDS, PAIRS, assert_true, random_labels, random_logits, ru
 from torch import Tensor
 from truth import DISTANCES, TRUTHS
 
+from drsl_kernels import fused_drsl_loss
+
 INF = math.inf
 SIZES = pytest.mark.parametrize("classes", [5, 40, 200], ids=["C=5", "C=40", "C=200"])
 MEMBERS = pytest.mark.parametrize(("truth", "distance"), PAIRS, ids=PAIR_IDS)
@@ -111,3 +113,12 @@ def test_label_ties_with_the_top_wrong_class(truth: str, distance: str | None, c
     z[torch.arange(3), (y + 1) % classes] = 9.0
     z[torch.arange(3), (y + 3) % classes] = 9.0
     assert_true(z, y, 0.5, truth=truth, distance=distance, backend=backend)
+
+
+@pytest.mark.parametrize("classes", [4, 200, 2000, 9000])
+def test_a_variance_that_overflows_is_infinite(classes: int, backend: str) -> None:
+    z = 1e30 * random_logits(2, classes)
+    losses = fused_drsl_loss(
+        z, random_labels(2, classes=classes), 0.5, distance="non_target_logits", reduction="none", backend=backend
+    )
+    assert losses.isinf().all()

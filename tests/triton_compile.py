@@ -83,7 +83,7 @@ def cases_of(element: str, lanes: int, thorough: bool) -> Iterator[Case]:
             "ACC": getattr(tl, acc.replace("fp", "float")),
             "SLICES_BLOCK": 64,
         }
-        for aligned in (True, False):
+        for aligned in (True, False) if thorough or load == "heavy" else (True,):
             tile = tile_shape(itemsize, 16 // itemsize if aligned else 0)
             constants |= {"WIDTH": 16 // itemsize if aligned else 0, "CHUNK": tile.chunk, "BLOCK": tile.block}
             wanted = 16 if aligned else 0
@@ -98,7 +98,7 @@ def cases_of(element: str, lanes: int, thorough: bool) -> Iterator[Case]:
                 yield Case(f"{kernel.fn.__name__} {name}", kernel, present, constants, tile.warps, wanted)
         # What a run of other arguments compiles: the mean's labels counted on the spot, classes that are pairs or odd,
         # rows in two dimensions, the loss alone.
-        for width, flat in ((2, True), (1, True), (1, False)) if thorough else ():
+        for width, flat in ((2, True), (1, True), (1, False)) if thorough and load != "soft" else ():
             tile = tile_shape(itemsize, width)
             constants |= {"WIDTH": width, "FLAT": flat, "MEAN": 1, "CHUNK": tile.chunk, "BLOCK": tile.block}
             forward = {pointer: of for pointer, of in present.items() if pointer not in ("grad", "upstream")}

@@ -101,7 +101,7 @@ template <class V>
 DRSL_FN Moments<V> corrected_moments(V max, V mean, V deviations, V squares, V count) {
   const V n = select(count > V(1), count, V(1));
   const V drift = deviations / n;
-  return {(max - mean) - drift, squares - deviations * drift};
+  return {(max - mean) - drift, select(squares == infinity<V>(), squares, squares - deviations * drift)};
 }
 
 template <class S>

@@ -93,7 +93,8 @@ DRSL_DEVICE Part<S> group_stats(const Call<D>& call, const LaneClasses<D, L, E>&
     // The sum of the deviations from a rounded mean corrects the rounding.
     const S deviations = group_sum<L>(steps), drift = deviations / (count > S(1) ? count : S(1));
     part.stats.depth = count == S(0) ? S(0) : (max - mean) - drift;
-    part.stats.variance = group_sum<L>(squares) - deviations * drift;
+    const S spread = group_sum<L>(squares);
+    part.stats.variance = spread == infinity<S>() ? spread : spread - deviations * drift;
   }
   if constexpr (Terms::kWeightedMean) {
     part.weight = group_sum<L>(weight);

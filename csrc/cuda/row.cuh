@@ -122,7 +122,8 @@ DRSL_DEVICE void take(Part<S>& part, const S (&z)[N], const S (&u)[N], bool soft
     const S total = stats.count + count, share = total == S(0) ? S(0) : count / total;
     const S before = stats.depth + deeper, step = depth - before;
     stats.depth = before + step * share;
-    stats.variance += variance + step * step * (stats.count * share);
+    const S between = stats.count * share;
+    stats.variance += variance + (between == S(0) ? S(0) : step * step * between);  // step^2 may overflow
     if constexpr (Terms::kWeightedMean) {
       part.weighted_depth += part.weight * deeper;
       DRSL_UNROLL

@@ -34,7 +34,10 @@ class Launcher {
       error_ = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     int(shared_limit_));
     }
-    if (error_ != cudaSuccess) return;
+    if (error_ != cudaSuccess) {
+      cudaGetLastError();  // reported here, and not again by the next call
+      return;
+    }
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(unsigned(blocks));
     config.blockDim = dim3(unsigned(threads));

@@ -165,7 +165,24 @@ def _inspect(name: str) -> BackendInfo:
         return BackendInfo(name, False, f"not built: {status.no_cuda_reason}")
     if not torch.cuda.is_available():
         return BackendInfo(name, False, "no CUDA device is available")
-    return BackendInfo(name, True, f"CUDA C++ (compiled: {', '.join(status.cuda_architectures)})")
+    compiled = ", ".join(status.cuda_architectures)
+    foreign = [i for i in range(torch.cuda.device_count()) if not _runs_on(status.cuda_architectures, i)]
+    if foreign:
+        wanted = ", ".join("sm_{}{}".format(*torch.cuda.get_device_capability(i)) for i in foreign)
+        return BackendInfo(name, False, f"compiled for {compiled}, and not for {wanted}: set TORCH_CUDA_ARCH_LIST")
+    return BackendInfo(name, True, f"CUDA C++ (compiled: {compiled})")
+
+
+def _runs_on(architectures: tuple[str, ...], device: int) -> bool:
+    """Machine code runs on later GPUs of its generation, PTX (compiled when it is loaded) on all later ones."""
+    major, minor = torch.cuda.get_device_capability(device)
+    for architecture in architectures:
+        number = int("".join(filter(str.isdigit, architecture)))
+        if architecture.endswith("+PTX") and number <= 10 * major + minor:
+            return True
+        if number // 10 == major and number % 10 <= minor:
+            return True
+    return False
 
 
 def _inspect_triton() -> BackendInfo:

@@ -77,8 +77,8 @@ def few_classes_shape(
 
 def tile_shape(itemsize: int, width: int) -> Tile:
     """A thread reads 16 bytes at a time, and several times before it uses what it read. For `width` see there."""
-    if width == 0:
-        return Tile(2, 512 if itemsize == 8 else 1024, 8)
+    if width == 0:  # addresses of their own, and halves to be widened, take registers
+        return Tile(2, 1024 if itemsize == 4 else 512, 8)
     if width * itemsize < 16:
         return Tile(4, 512 if itemsize == 8 else 1024, 8)
     return {2: Tile(4, 2048, 8), 4: Tile(4, 1024, 8), 8: Tile(4, 512, 8)}[itemsize]

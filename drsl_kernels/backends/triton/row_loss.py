@@ -164,7 +164,8 @@ def merge(x, y, SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.const
         depth_x = h_x + drop_x
         step = (h_y + drop_y) - depth_x
         h = depth_x + step * share
-        V = V_x + V_y + step * step * (n_x * share)
+        between = n_x * share
+        V = V_x + V_y + tl.where(between == 0.0, 0.0, step * step * between)  # step^2 may overflow
         if WEIGHTED:
             U = U_x + U_y
             d = (d_x + U_x * drop_x) + (d_y + U_y * drop_y)
@@ -191,7 +192,7 @@ def merge_all(parts, SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.
         depth_i = h_i + drop_i
         h = tl.sum(n_i * depth_i, axis=AXIS) / tl.where(n > 1.0, n, 1.0)
         step = depth_i - tl.expand_dims(h, AXIS)
-        V = tl.sum(V_i + n_i * (step * step), axis=AXIS)
+        V = tl.sum(V_i + tl.where(n_i == 0.0, 0.0, n_i * (step * step)), axis=AXIS)  # step^2 may overflow
         if WEIGHTED:
             U = tl.sum(U_i, axis=AXIS)
             d = tl.sum(d_i + U_i * drop_i, axis=AXIS)
