@@ -13,7 +13,7 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 # cmake and ninja may be in the environment only.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install demo test lint format cpp-test bench clean
+.PHONY: help install demo test lint format cpp-test docs bench clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -44,6 +44,9 @@ cpp-test: $(INSTALLED) ## C++ tests, plain and under AddressSanitizer and Undefi
 	$(call run_ctest,build/extension,-DDRSL_BUILD_TESTS=ON)
 	$(call run_ctest,build/sanitized,-DDRSL_BUILD_TESTS=ON -DDRSL_BUILD_EXTENSION=OFF -DDRSL_SANITIZE=ON)
 
+docs: $(INSTALLED) ## Build the documentation into build/docs/
+	$(BIN)/python -m sphinx -q -W --keep-going docs build/docs
+
 bench: $(INSTALLED) ## Speed against F.cross_entropy, by pytest-benchmark
 	$(BIN)/python -m pytest benchmarks
 
@@ -64,6 +67,6 @@ $(BIN)/python:
 $(INSTALLED): $(BIN)/python $(BUILD_INPUTS)
 	$(PIP) install -q -c constraints.txt torch 'setuptools>=77' ninja pybind11
 	command -v cmake > /dev/null || $(PIP) install -q -c constraints.txt cmake
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[lab,test,dev]'
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[lab,test,docs,dev]'
 	@$(BIN)/python -W ignore -c 'import drsl_kernels; print(drsl_kernels.info())'
 	@touch $@

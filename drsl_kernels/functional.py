@@ -77,13 +77,13 @@ def fused_drsl_loss(
 
     With n = C - 1 wrong classes, r the softmax over the wrong classes alone and sums over k != y, D is
 
-    ===================== ======================================== ==========================================
+    ===================== ========================================= =============================================
     ``uniform``           sum_all (p_k - 1/C)^2                     the whole softmax to uniform
     ``non_target``        sum (p_k - (1 - p_y)/n)^2                 the wrong classes' share, evenly spread
     ``non_target_logits`` sum (z_k - mean z)^2                      the wrong logits; the authors' published code
     ``conditional``       sum (r_k - 1/n)^2                         does not vanish as p_y -> 1
     ``kl``                KL(uniform || r) = mean(-log r_k) - log n
-    ===================== ======================================== ==========================================
+    ===================== ========================================= =============================================
 
     The authors' code sums its penalty over the batch with weight b; with reduction="mean" that is
     tau = b * batch size for ``non_target_logits`` (0.001 * 128 = 0.128).

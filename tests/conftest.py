@@ -110,6 +110,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.section("passed without a GPU")
     for what, count in counts.items():
         terminalreporter.write_line(f"{count:6} {what}")
+    samples = sum(dict(r.user_properties).get("samples", 0) for r in terminalreporter.stats.get("passed", ()))
+    if samples:
+        terminalreporter.write_line(f"{samples:6} checks of a loss against PyTorch's own samples of F.cross_entropy")
     left_out = max([config.stash.get(LEFT_OUT, 0), *_left_out_by_workers])
     if left_out:
         terminalreporter.write_line(

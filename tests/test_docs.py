@@ -1,0 +1,112 @@
+"""The documentation builds without a warning, from what is here alone, and its comparison names tests that exist.
+
+What the pages' Python does is the matter of test_clients.py. Relies on code_blocks.py and Sphinx.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from code_blocks import DOCS, PAGES, ROOT, blocks
+
+import drsl_kernels
+
+TESTS = ROOT / "tests"
+LANGUAGES = {"python", "console", "diff", "{toctree}", "{eval-rst}", "{include} ../README.md"}
+
+
+def build(source: Path, target: Path) -> subprocess.CompletedProcess[str]:
+    """As `make docs` does, from nothing."""
+    command = [sys.executable, "-m", "sphinx", "-E", "-q", "-W", "--keep-going"]
+    return subprocess.run([*command, str(source), str(target)], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The pages of a fresh build, by name."""
+    folder = tmp_path_factory.mktemp("site")
+    done = build(DOCS, folder)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    return {path.stem: path.read_text() for path in folder.glob("*.html")}
+
+
+def test_every_page_is_there(site: dict[str, str]) -> None:
+    assert {path.stem for path in DOCS.glob("*.md")} <= site.keys()
+
+
+def test_every_public_name_is_in_the_reference(site: dict[str, str]) -> None:
+    names = [f"drsl_kernels.{name}" for name in drsl_kernels.__all__ if not name.startswith("__")]
+    names += [f"drsl_kernels.robustness.{name}" for name in ("pgd", "worst_case", "train")]
+    for name in names:
+        assert re.search(rf'id="(module-)?{re.escape(name)}"', site["api"]), name
+
+
+def test_formulas_are_rendered(site: dict[str, str]) -> None:
+    """As MathML: nothing of LaTeX is left in the text that a reader sees."""
+    sources = "".join(path.read_text() for path in (ROOT / "drsl_kernels").rglob("*.py"))
+    assert site["api"].count("<math") == len(re.findall(r"\.\. math::|:math:`", sources)) > 0
+    assert site["choosing"].count("<math") == len(re.findall(r"\$[^$]+\$", (DOCS / "choosing.md").read_text())) > 0
+    for name, page in site.items():
+        if not name.startswith("_"):
+            assert not re.search(r"\\(frac|left|right|log|sum|tau|mathrm)\b", page), name
+
+
+def test_nothing_is_fetched(site: dict[str, str]) -> None:
+    """Scripts, styles, fonts and pictures come with the pages."""
+    for name, page in site.items():
+        assert not re.findall(r'<(?:script|link|img|iframe)\b[^>]*(?:src|href)="(?:https?:)?//[^"]*"', page), name
+
+
+def test_a_wrong_formula_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "conf.py").write_text(
+        f"import sys; sys.path.insert(0, {str(DOCS)!r}); "
+        "extensions = ['mathml', 'myst_parser']; html_math_renderer = 'mathml'; myst_enable_extensions = ['dollarmath']"
+    )
+    (tmp_path / "index.md").write_text("# Title\n\n$a^2$ and $\\unknowncommand{a}$\n")
+    done = build(tmp_path, tmp_path / "out")
+    assert done.returncode != 0
+    assert "unknowncommand" in done.stderr
+
+
+def test_fences_name_a_language() -> None:
+    """So that no Python hides from the tests that run it."""
+    for page in PAGES:
+        opening = re.findall(r"^```(.*)$", page.read_text(), re.MULTILINE)[::2]
+        assert set(opening) <= LANGUAGES, page.name
+
+
+def test_python_is_found() -> None:
+    assert sum(len(blocks(page, "python")) for page in PAGES) >= 9
+
+
+def functions_of(file: Path) -> set[str]:
+    return {node.name for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_named_tests_exist(page: Path) -> None:
+    for file, name in re.findall(r"`([\w/]+\.py)::(\w+)`", page.read_text()):
+        assert name in functions_of(TESTS / file), f"{file}::{name}"
+
+
+def test_each_cell_of_the_comparison_has_a_test() -> None:
+    """In every table, what this library can do names at least one test."""
+    rows = [
+        [cell.strip() for cell in line.strip("|\n").split("|")]
+        for line in (DOCS / "comparison.md").read_text().splitlines()
+        if line.startswith("|") and not line.startswith("|---")
+    ]
+    heads = [row for row in rows if row[-1] == "test"]
+    assert len(heads) == 4
+    assert len(rows) - len(heads) >= 25
+    for row in rows:
+        assert len(row) == len(heads[0]), row[0]
+        assert all(row[1:-1]), row[0]
+        if row not in heads and (row[-2] != "no" or row[0].startswith("writes")):
+            assert re.search(r"`[\w/]+\.py::\w+`", row[-1]), row[0]
