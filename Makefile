@@ -55,7 +55,7 @@ clean: ## Remove everything that was built, and .venv/
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 define run_ctest
-cmake -S . -B $(1) -G Ninja $(2) && cmake --build $(1) && cd $(1) && ctest --output-on-failure
+cmake -S . -B $(1) -G Ninja $(2) && cmake --build $(1) && cd $(1) && ctest -j 2 --output-on-failure
 endef
 
 $(BIN)/python:

@@ -42,39 +42,42 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all-interpreted", action="store_true", help="run every case of Triton's interpreter")
+    parser.addoption("--all-cases", action="store_true", help="run every case of the large grids on every backend")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Slow tests come first, so that no worker is left with them; large grids are thinned for Triton's interpreter."""
+    """Slow tests come first, so that no worker is left with them; large grids are thinned but for the CPU's kernels."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-    if config.getoption("--all-interpreted"):
+    if config.getoption("--all-cases"):
         return
-    grids: dict[str, list[pytest.Function]] = {}
+    grids: dict[tuple[str, str], list[pytest.Function]] = {}
     for item in items:
-        if isinstance(item, pytest.Function) and "triton" in item.name.partition("[")[2]:
-            grids.setdefault(f"{item.path}:{item.originalname}", []).append(item)
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            backend = item.callspec.params.get("backend")
+            if backend in ONE_OF:
+                grids.setdefault((backend, f"{item.path}:{item.originalname}"), []).append(item)
     left_out: set[pytest.Item] = set()
-    for grid in grids.values():
-        left_out |= set(grid) - thinned(grid)
+    for (backend, _), grid in grids.items():
+        left_out |= set(grid) - thinned(grid, ONE_OF[backend])
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
     config.stash[LEFT_OUT] = len(left_out)
 
 
 LEFT_OUT = pytest.StashKey[int]()
+SMALL_GRID = 20  # cases; of larger ones a backend gets one in so many, in which every value of every parameter comes up
+ONE_OF = {"triton": 8, "cuda": 3, "reference": 3}
 
 
-def thinned(grid: list[pytest.Function]) -> set[pytest.Item]:
-    """A fifth of a grid of more than 20 cases, in which every value of every parameter still comes up."""
-    if len(grid) <= 20:
+def thinned(grid: list[pytest.Function], one_of: int) -> set[pytest.Item]:
+    if len(grid) <= SMALL_GRID:
         return set(grid)
     shuffled = sorted(grid, key=lambda item: hashlib.sha256(item.nodeid.encode()).digest())
     kept: set[pytest.Item] = set()
     seen: set[tuple[str, str]] = set()
     for item in shuffled:
         values = {(name, str(index)) for name, index in item.callspec.indices.items()}
-        if not values <= seen or 5 * len(kept) < len(grid):
+        if not values <= seen or one_of * len(kept) < len(grid):
             kept.add(item)
             seen |= values
     return kept
@@ -115,9 +118,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(f"{samples:6} checks of a loss against PyTorch's own samples of F.cross_entropy")
     left_out = max([config.stash.get(LEFT_OUT, 0), *_left_out_by_workers])
     if left_out:
-        terminalreporter.write_line(
-            f"{left_out:6} further cases of the interpreter left out: --all-interpreted runs them"
-        )
+        terminalreporter.write_line(f"{left_out:6} further cases of large grids left out: --all-cases runs them")
 
 
 # Two workers of the suite share the machine; tests of threading ask for more (`two_threads`).

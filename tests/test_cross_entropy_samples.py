@@ -16,6 +16,7 @@ import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from cases import DTYPES
 from torch import Tensor
+from truth import DISTANCES
 
 from drsl_kernels import DRSLLoss, fused_drsl_loss
 
@@ -64,7 +65,7 @@ def samples(drawn: dict[str, Any], record_property: Callable[..., None], request
 
     Triton's slow interpreter gets every fourth: torch varies them by threes and fives.
     """
-    thin = "[triton" in request.node.name and not request.config.getoption("--all-interpreted")
+    thin = "[triton" in request.node.name and not request.config.getoption("--all-cases")
 
     def of(dtype: torch.dtype) -> list[Sample]:
         found = [
@@ -173,6 +174,27 @@ def test_under_vmap(samples: Samples) -> None:
             )
         )
         torch.testing.assert_close(ours, torchs, equal_nan=True)
+
+
+HARD_AND_SOFT = [(distance, "class indices") for distance in DISTANCES]
+HARD_AND_SOFT += [(distance, "class probabilities") for distance in ("uniform", "kl")]
+
+
+@pytest.mark.backends("cpp", "triton", "cuda")
+@pytest.mark.parametrize(("distance", "kind"), HARD_AND_SOFT)
+def test_every_distance_against_the_reference(distance: Any, kind: str, backend: str, samples: Samples) -> None:
+    """Values, gradients and second derivatives in float64."""
+    for z, y, arguments in samples(torch.float64):
+        if y.is_floating_point() != (kind == "class probabilities"):
+            continue
+        results = []
+        for name in (backend, "reference"):
+            arguments |= {"distance": distance, "backend": name}
+            loss = fused_drsl_loss(z, y.detach(), 0.7, **arguments)
+            grad = torch.autograd.grad(loss.sum(), z, retain_graph=True)[0]
+            first = torch.autograd.grad(loss.sum(), z, create_graph=True)[0]
+            results.append((loss.detach(), grad, torch.autograd.grad(first.square().sum(), z)[0]))
+        torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9, equal_nan=True)
 
 
 def test_error_inputs(drawn: dict[str, Any], backend: str) -> None:

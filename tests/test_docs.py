@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from code_blocks import DOCS, PAGES, ROOT, blocks
 
 import drsl_kernels
@@ -83,6 +86,64 @@ def test_fences_name_a_language() -> None:
 
 def test_python_is_found() -> None:
     assert sum(len(blocks(page, "python")) for page in PAGES) >= 9
+
+
+# What runs the commands of the pages. {small} is run here, with options that make it short.
+SMALL = ["--seeds", "1", "--epochs", "1", "--steps", "1", "--restarts", "1", "--samples", "40", "--fresh"]
+COMMANDS = {
+    "make demo": "{small}",
+    "make test": "the run that this test is part of",
+    "pip install --no-build-isolation .": "make install, which each run of the tests begins with",
+    "DRSL_KERNELS_BUILD=0 pip install --no-build-isolation .": "`test_build.py::test_pure_python_wheel_on_request`",
+    "python benchmarks/gpu_suite.py --out gpu_results": "`test_gpu_suite.py::test_a_dry_run`",
+    "torchrun --standalone --nproc-per-node=2 train.py": "`test_clients.py::test_distributed`",
+}
+
+
+def commands_of(page: Path) -> list[str]:
+    """The lines of its console blocks, without comments; a line may go on after a backslash."""
+    text = "".join(block[1] for block in blocks(page, "console")).replace("\\\n", " ")
+    return [re.sub(r"\s+#.*", "", line).strip() for line in text.splitlines()]
+
+
+def test_every_command_is_run_by_a_test(tmp_path: Path) -> None:
+    commands = {command for page in PAGES for command in commands_of(page)}
+    assert COMMANDS.keys() <= commands
+    for command in sorted(commands):
+        if command == "make demo":
+            recipe = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+            command = next(line for line in recipe.splitlines() if "drsl compare" in line)
+        elif command in COMMANDS:
+            continue
+        program, *options = shlex.split(command)
+        assert Path(program).name == "drsl", f"{command} is run by no test"
+        drsl = [sys.executable, "-m", "drsl_kernels.robustness.cli"]
+        done = subprocess.run(
+            [*drsl, *options, *SMALL, "--out", str(tmp_path / "out")], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_tests_of_commands_exist() -> None:
+    for file, name in re.findall(r"`([\w/]+\.py)::(\w+)`", "".join(COMMANDS.values())):
+        assert name in functions_of(TESTS / file)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_changed_line_runs(page: str) -> None:
+    """The line that is taken out and the one that comes in, on the same logits."""
+    before, after = re.findall(r"^[-+] (loss = .*)$", blocks(ROOT / page, "diff")[0][1], re.MULTILINE)
+    z, y = torch.randn(8, 10, requires_grad=True), torch.randint(10, (8,))
+    names: dict[str, Any] = {
+        "F": torch.nn.functional,
+        "fused_drsl_loss": drsl_kernels.fused_drsl_loss,
+        "logits": z,
+        "y": y,
+    }
+    for line in (before, after):
+        exec(line, names)
+        assert names["loss"].shape == ()
+        assert torch.autograd.grad(names["loss"], z)[0].isfinite().all()
 
 
 def functions_of(file: Path) -> set[str]:

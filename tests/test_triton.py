@@ -39,6 +39,23 @@ def test_edges_of_the_tables(classes: int, rows: int) -> None:
     checked(z, y, weight=torch.linspace(0.1, 2.0, classes), **WEIGHTED)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("classes", [10, 100, 3000])
+def test_programs_that_go_on_to_further_rows(classes: int, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a batch that would need hundreds of thousands of programs: here 4 or fewer have to do."""
+    monkeypatch.setattr(launch, "WARPS_PER_PROCESSOR", 1)
+    monkeypatch.setattr(launch, "WARPS_TO_SKIP", 1)
+    shape = launch.few_classes_shape(classes, 10**6, 4)
+    assert shape is not None
+    rows = 9 * shape.rows + 1
+    z, y = random_logits(rows, classes), random_labels(rows, classes=classes)
+    y[rows // 2] = -100
+    upstream = torch.linspace(-1.0, 1.0, rows) if reduction == "none" else torch.tensor(2.0)
+    checked(z, y, distance="uniform", reduction=reduction)
+    checked(z, y, distance="uniform", reduction=reduction, upstream=upstream)
+    checked(z, y, reduction=reduction, weight=torch.linspace(0.1, 2.0, classes), **WEIGHTED)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [2, 5])
 def test_long_rows_in_every_dtype(rows: int, dtype: str) -> None:
@@ -209,9 +226,9 @@ def test_a_gradient_that_is_right_is_left_alone(classes: int, rows: int) -> None
     z, y = random_logits(rows, classes), random_labels(rows, classes=classes)
     for saved in (False, True):
         task = task_of(z, y)
-        if saved and launch.saved_slices(z):
+        if saved and launch.saved_slices(task):
             task.grad = None
-            task.saved = z.new_empty(rows, launch.saved_slices(z), launch.SAVED)
+            task.saved = z.new_empty(rows, launch.saved_slices(task), launch.SAVED)
         launch.run(task)
         task.saved_known = task.saved is not None
         task.loss = None

@@ -24,11 +24,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from drsl_kernels.backends.triton.few_classes import rows_kernel
-from drsl_kernels.backends.triton.launch import few_classes_shape, options, tile_shape
+from drsl_kernels.backends.triton.launch import few_classes_shape, options, sum_shape, tile_shape
 from drsl_kernels.backends.triton.many_classes import gradient_kernel, row_kernel, stats_kernel
 from drsl_kernels.backends.triton.steps import label_weights_kernel, sum_kernel
 
 ELEMENTS = {"bf16": 2, "fp32": 4, "fp64": 8}
+ODD_ELEMENTS = ("fp32",)  # for which unusual arguments are compiled as well
 THOROUGH = "cuda:90"  # the target on which everything is compiled
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -47,10 +48,12 @@ class Case(NamedTuple):
 def cases(lanes: int, thorough: bool) -> Iterator[Case]:
     """What the launch tables ask for; `thorough` adds what a run of unusual arguments compiles."""
     losses = {"losses": "*fp64", "denominator": "*fp64", "total": "*fp32"}
-    yield Case("sum", sum_kernel, losses, {"BLOCK": 2048}, 8, 0)
+    for count in (100, 10**6):
+        block, warps = sum_shape(count, lanes)
+        yield Case(f"sum {block}", sum_kernel, losses, {"BLOCK": block}, warps, 0)
     weights = {"labels": "*i64", "class_weights": "*fp32", "parts": "*fp64"}
     yield Case("label_weights", label_weights_kernel, weights, {"BLOCK": 1024}, 4, 0)
-    for element in ELEMENTS:
+    for element in ELEMENTS if thorough else ("bf16", "fp32"):
         yield from cases_of(element, lanes, thorough)
 
 
@@ -58,7 +61,10 @@ def cases_of(element: str, lanes: int, thorough: bool) -> Iterator[Case]:
     itemsize = ELEMENTS[element]
     acc = "fp64" if itemsize == 8 else "fp32"
     grid = [(classes, rows) for classes in (10, 64, 250, 1000, 2000, 4000, 8000) for rows in (1, 65536)]
-    for load, truth, distance, smooth in (("light", 0, 1, False), ("heavy", 1, 3, True), ("soft", 0, 6, True)):
+    # moments: no class weights, which leaves room for longer rows
+    loads = [("light", 0, 1, False), ("heavy", 1, 3, True), ("soft", 0, 6, True), ("moments", 1, 3, False)]
+    for load, truth, distance, smooth in loads:
+        weighted = load in ("heavy", "soft")
         present = {
             "logits": f"*{element}",
             "labels": "*i64",
@@ -84,11 +90,11 @@ def cases_of(element: str, lanes: int, thorough: bool) -> Iterator[Case]:
             "SLICES_BLOCK": 64,
         }
         for aligned in (True, False) if thorough or load == "heavy" else (True,):
-            tile = tile_shape(itemsize, 16 // itemsize if aligned else 0)
+            tile = tile_shape(itemsize, 16 // itemsize if aligned else 0, load != "light", weighted)
             constants |= {"WIDTH": 16 // itemsize if aligned else 0, "CHUNK": tile.chunk, "BLOCK": tile.block}
             wanted = 16 if aligned else 0
             name = f"{element} {load} {'aligned' if aligned else 'strided'}"
-            shapes = dict.fromkeys(few_classes_shape(classes, rows, itemsize, aligned, lanes) for classes, rows in grid)
+            shapes = dict.fromkeys(few_classes_shape(*batch, itemsize, aligned, weighted, lanes) for batch in grid)
             for shape in shapes:
                 if shape is not None:
                     blocks = {"BLOCK_R": shape.rows, "BLOCK_C": shape.columns}
@@ -98,15 +104,18 @@ def cases_of(element: str, lanes: int, thorough: bool) -> Iterator[Case]:
                 yield Case(f"{kernel.fn.__name__} {name}", kernel, present, constants, tile.warps, wanted)
         # What a run of other arguments compiles: the mean's labels counted on the spot, classes that are pairs or odd,
         # rows in two dimensions, the loss alone.
-        for width, flat in ((2, True), (1, True), (1, False)) if thorough and load != "soft" else ():
-            tile = tile_shape(itemsize, width)
+        odd = thorough and element in ODD_ELEMENTS and load in ("light", "heavy")
+        for width, flat in ((2, True), (1, True), (1, False)) if odd else ():
+            tile = tile_shape(itemsize, width, load != "light", weighted)
             constants |= {"WIDTH": width, "FLAT": flat, "MEAN": 1, "CHUNK": tile.chunk, "BLOCK": tile.block}
             forward = {pointer: of for pointer, of in present.items() if pointer not in ("grad", "upstream")}
             for some, what in ((present, ""), (forward, " forward")):
                 name = f"{element} {load}{what} width {width}{'' if flat else ' two strides'}"
                 counting = constants | ({"SKIP": False} if what else {})
                 batches = ((10, 128), (10, 65536), (100, 128), (1000, 256))
-                for shape in dict.fromkeys(few_classes_shape(*batch, itemsize, flat, lanes) for batch in batches):
+                for shape in dict.fromkeys(
+                    few_classes_shape(*batch, itemsize, flat, weighted, lanes) for batch in batches
+                ):
                     assert shape is not None
                     blocks = {"BLOCK_R": shape.rows, "BLOCK_C": shape.columns}
                     label = f"rows {shape.rows}x{shape.columns} {name}"

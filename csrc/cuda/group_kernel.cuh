@@ -132,7 +132,7 @@ DRSL_DEVICE void store_gradient(const Call<D>& call, const LaneClasses<D, L, E>&
 }
 
 template <class D, class Terms, int L, int E>
-__global__ void __launch_bounds__(group_threads(sizeof(Accumulator<D>), E, Terms::kMoments), 1)
+__global__ void __launch_bounds__(group_threads(sizeof(Accumulator<D>), E, Terms::kMoments, Terms::kWeightedMean), 1)
     group_kernel(const __grid_constant__ Call<D> call) {
   using S = Accumulator<D>;
   if (call.nothing_to_do()) return;

@@ -31,7 +31,7 @@ void plan_groups(const Task& t, const Device& device, Plan& plan) {
   };
   while (t.rows > 0 && !fits(kGroupShapes[plan.shape])) ++plan.shape;
   const GroupShape shape = kGroupShapes[plan.shape];
-  const int64_t most = group_threads(accumulator_bytes(t.dtype), shape.elements, has_moments(t));
+  const int64_t most = group_threads(accumulator_bytes(t.dtype), shape.elements, has_moments(t), has_weighted_mean(t));
   const int64_t wanted = std::max<int64_t>(t.rows, 1) * shape.lanes;
   if (t.rows * t.classes <= kOneBlockElements) {
     plan.threads = int(clamp(ceil_div(wanted, 32) * 32, 32, most));

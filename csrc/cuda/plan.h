@@ -28,9 +28,9 @@ constexpr int64_t group_classes(size_t accumulator_bytes) {
 }
 
 // Threads per block that a group kernel is compiled for: 65536 registers are for all of them, and a thread needs some
-// for its logits, as many for what becomes of them where there are moments, and some for the loss.
-constexpr int group_threads(size_t accumulator_bytes, int elements, bool moments) {
-  const int held = int(accumulator_bytes) * elements * (moments ? 2 : 1) + (accumulator_bytes == 8 ? 32 : 0);
+// for its logits, as many for what becomes of them where there are moments, as many for weights, and some for the loss.
+constexpr int group_threads(size_t accumulator_bytes, int elements, bool moments, bool weights) {
+  const int held = int(accumulator_bytes) * elements * (1 + moments + weights) + (accumulator_bytes == 8 ? 32 : 0);
   return held <= 32 ? 1024 : held < 128 ? 512 : 256;
 }
 
@@ -38,8 +38,9 @@ constexpr int group_threads(size_t accumulator_bytes, int elements, bool moments
 constexpr int kBlockThreads = 256;
 constexpr int block_residents(size_t accumulator_bytes, bool moments) { return 3 - (accumulator_bytes == 8) - moments; }
 
-// Smoothing has a term in the mean logit, as some distances have.
-constexpr bool has_moments(const Task& t) { return t.smoothing > 0 || needs_moments(t.distance); }
+// Whether kernels are to sum weights of classes, and moments. Smoothing has a term in the mean logit, as some distances.
+constexpr bool has_weighted_mean(const Task& t) { return t.soft || (t.smoothing > 0 && t.class_weights); }
+constexpr bool has_moments(const Task& t) { return t.soft || t.smoothing > 0 || needs_moments(t.distance); }
 
 // Bytes of shared memory that a block uses besides what is asked for at the launch, rounded up.
 constexpr int64_t kOwnShared = 4096;

@@ -48,6 +48,8 @@ class Launcher {
     if (error_ == cudaSuccess) error_ = last;
   }
 
+  void fail(cudaError_t error) { error_ = error; }
+
   const char* error() const { return error_ == cudaSuccess ? nullptr : cudaGetErrorString(error_); }
 
  private:
@@ -132,6 +134,10 @@ void launch_groups(const Call<D>& call, const Plan& plan, Launcher& launch) {
     constexpr GroupShape shape = kGroupShapes[kShape];
     if constexpr (has_shape(shape, sizeof(Accumulator<D>))) {
       if (plan.shape == kShape) {
+        // A device refuses more threads than the kernel was compiled for; so does whoever stands in for one.
+        constexpr int kMost =
+            group_threads(sizeof(Accumulator<D>), shape.elements, Terms::kMoments, Terms::kWeightedMean);
+        if (plan.threads > kMost) return launch.fail(cudaErrorInvalidValue);
         launch(group_kernel<D, Terms, shape.lanes, shape.elements>, plan.blocks, plan.threads, 0, call);
       }
     }
@@ -164,8 +170,7 @@ const char* run_format(const DeviceTask& task, const Plan& plan, cudaStream_t st
     launch(weight_kernel<D>, plan.weight_blocks, kWeightThreads, 0, call, static_cast<double*>(task.scratch));
   }
   const bool known = task.stats_known;
-  const bool weighted_mean = t.soft || (t.smoothing > 0 && t.class_weights);
-  if (weighted_mean) launch_terms<TermSet<true, true, true>>(call, plan, known, launch);
+  if (has_weighted_mean(t)) launch_terms<TermSet<true, true, true>>(call, plan, known, launch);
   else if (has_moments(t)) launch_terms<TermSet<true, true, false>>(call, plan, known, launch);
   else if (needs_squares(t.distance)) launch_terms<TermSet<true, false, false>>(call, plan, known, launch);
   else launch_terms<TermSet<false, false, false>>(call, plan, known, launch);

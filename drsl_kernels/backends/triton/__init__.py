@@ -143,7 +143,7 @@ class _Call:
 
     def save_stats(self) -> None:
         """Have the run keep its statistics for a later gradient, where that is cheaper than a second sweep."""
-        slices = saved_slices(self.task.logits)
+        slices = saved_slices(self.task)
         if slices > 0:
             self.task.saved = self.empty(self.task.labels.numel(), slices, SAVED)
 

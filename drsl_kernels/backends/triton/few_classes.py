@@ -1,4 +1,5 @@
-"""Few classes: each program holds a tile of whole rows, so the logits are read once and the gradient written once.
+"""Few classes: a program takes one tile of whole rows after the other, so the logits are read once and the gradient
+written once.
 
 Relies on steps.py; launch.py decides the shape of the tile and launches.
 """
@@ -71,8 +72,7 @@ def rows_kernel(
     WEIGHTED: tl.constexpr = SMOOTH and class_weights is not None
     MOMENTS: tl.constexpr = needs_moments(DISTANCE) or SMOOTH
 
-    program = tl.program_id(0)
-    row = program.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_C)
     if WIDTH > 0:
         classes = classes // WIDTH * WIDTH  # tells the compiler what it is a multiple of
@@ -83,46 +83,50 @@ def rows_kernel(
     else:
         at = column * class_stride
         grad_at = column * grad_class
-    y = tl.load(labels + row, mask=row < rows, other=ignore_index)
-    valid = y != ignore_index
     inside = column < classes
-    z = tl.load(
-        logits + row_start(row, inner, outer_stride, inner_stride, FLAT)[:, None] + at[None, :],
-        mask=valid[:, None] & inside[None, :],
-        other=-float("inf"),
-    ).to(ACC)
-    is_label = column[None, :] == y[:, None]
-    u = 0.0
-    if WEIGHTED:
-        known = valid[:, None] & inside[None, :]
-        u = class_weights_at(class_weights, row[:, None], column[None, :], known, is_label, classes, SOFT)
-
-    stats = row_stats_of(tl.where(is_label, -float("inf"), z), u, SQUARES, MOMENTS, WEIGHTED, SOFT, 1)
-    label_logit = tl.sum(tl.where(is_label, z, 0.0), axis=1)
-    label_logit = tl.where(valid & ((y < 0) | (y >= classes)), float("nan"), label_logit)
     divisor = mean_denominator(labels, class_weights, parts, num_parts, rows, classes, ignore_index, MEAN, SOFT)
-    loss, gradient = finished_rows(
-        stats, label_logit, row, valid, y, tau, tau_value, tau_step, class_weights, classes, ignore_index,
-        q, scale, margin, smoothing, row_losses, reports, tau_grad, rows, row < rows, TRUTH, DISTANCE, SMOOTH,
-        WEIGHTED, SOFT, ACC,
-    )  # fmt: skip
-
-    if losses is not None:
-        tl.store(losses + program, tl.sum(loss.to(tl.float64), axis=0))
-    elif total is not None:
-        tl.store(total, (tl.sum(loss.to(tl.float64), axis=0) / divisor).to(ACC))
     if denominator is not None:
         tl.store(denominator, divisor, mask=program == 0)
-    if grad is not None:
-        a, b, c, offset, smooth, label, top = scaled_gradient(
-            gradient, stats, row, upstream, upstream_step, divisor, valid, ACC
-        )
-        g = class_gradient(
-            z, is_label, u, a[:, None], b[:, None], c[:, None], offset[:, None], smooth[:, None], label[:, None],
-            top[:, None], SQUARES, MOMENTS, WEIGHTED,
+    loss_sum = tl.zeros([BLOCK_R], tl.float64)
+    for block in range(program, tl.cdiv(rows, BLOCK_R), tl.num_programs(0)):
+        row = block * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
+        y = tl.load(labels + row, mask=row < rows, other=ignore_index)
+        valid = y != ignore_index
+        z = tl.load(
+            logits + row_start(row, inner, outer_stride, inner_stride, FLAT)[:, None] + at[None, :],
+            mask=valid[:, None] & inside[None, :],
+            other=-float("inf"),
+        ).to(ACC)
+        is_label = column[None, :] == y[:, None]
+        u = 0.0
+        if WEIGHTED:
+            known = valid[:, None] & inside[None, :]
+            u = class_weights_at(class_weights, row[:, None], column[None, :], known, is_label, classes, SOFT)
+
+        stats = row_stats_of(tl.where(is_label, -float("inf"), z), u, SQUARES, MOMENTS, WEIGHTED, SOFT, 1)
+        label_logit = tl.sum(tl.where(is_label, z, 0.0), axis=1)
+        label_logit = tl.where(valid & ((y < 0) | (y >= classes)), float("nan"), label_logit)
+        loss, gradient = finished_rows(
+            stats, label_logit, row, valid, y, tau, tau_value, tau_step, class_weights, classes, ignore_index,
+            q, scale, margin, smoothing, row_losses, reports, tau_grad, rows, row < rows, TRUTH, DISTANCE, SMOOTH,
+            WEIGHTED, SOFT, ACC,
         )  # fmt: skip
-        tl.store(
-            grad + row_start(row, inner, grad_outer, grad_inner, FLAT)[:, None] + grad_at[None, :],
-            tl.where(valid[:, None], g, 0.0).to(grad.dtype.element_ty),
-            mask=(row < rows)[:, None] & inside[None, :],
-        )
+        loss_sum += loss.to(tl.float64)
+        if grad is not None:
+            a, b, c, offset, smooth, label, top = scaled_gradient(
+                gradient, stats, row, upstream, upstream_step, divisor, valid, ACC
+            )
+            g = class_gradient(
+                z, is_label, u, a[:, None], b[:, None], c[:, None], offset[:, None], smooth[:, None], label[:, None],
+                top[:, None], SQUARES, MOMENTS, WEIGHTED,
+            )  # fmt: skip
+            tl.store(
+                grad + row_start(row, inner, grad_outer, grad_inner, FLAT)[:, None] + grad_at[None, :],
+                tl.where(valid[:, None], g, 0.0).to(grad.dtype.element_ty),
+                mask=(row < rows)[:, None] & inside[None, :],
+            )
+
+    if losses is not None:
+        tl.store(losses + program, tl.sum(loss_sum, axis=0))
+    elif total is not None:
+        tl.store(total, (tl.sum(loss_sum, axis=0) / divisor).to(ACC))

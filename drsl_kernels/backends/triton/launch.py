@@ -19,6 +19,7 @@ from torch import Tensor
 from ...spec import LossSpec, class_dim
 from .few_classes import rows_kernel
 from .many_classes import gradient_kernel, row_kernel, stats_kernel
+from .row_loss import needs_moments
 from .steps import label_weights_kernel, sum_kernel
 
 SAVED = 8  # statistics per slice, see many_classes.py
@@ -27,6 +28,10 @@ MAX_SLICES = 64
 MAX_PARTS = 32  # of the sum that the mean divides by, see steps.py
 LANES = 64 if torch.version.hip else 32  # of a warp
 LABEL_READS = 2**17  # more than this many labels, read by all programs together, are summed once beforehand
+# Programs of `rows_kernel` go on to further rows, so that the loss has not too many parts to sum, and a backward pass
+# not too many programs to start that find nothing to do. More warps than a processor holds even out the end.
+WARPS_PER_PROCESSOR = 256
+WARPS_TO_SKIP = 64
 MAX_CLASSES = 2**31 - 2**16  # column indices have 32 bits, the last tile included
 
 
@@ -49,19 +54,20 @@ class Tile:
 
 
 def few_classes_shape(
-    classes: int, rows: int, itemsize: int, adjacent: bool = True, lanes: int = LANES
+    classes: int, rows: int, itemsize: int, adjacent: bool = True, weighted: bool = False, lanes: int = LANES
 ) -> Shape | None:
     """The tile for so many classes; None where a row is too long for one.
 
     `itemsize` is that of the logits, `adjacent` tells whether neighbouring classes are neighbours in memory and
     rows one stride apart. If not, a thread holds parts of more rows, each of which needs registers for its loss.
+    `weighted`: there are weights of classes to be held beside the logits.
     """
     columns = triton.next_power_of_2(max(classes, 16))
     # What a warp's registers hold without spilling, and the longest row. Addresses of scattered classes need registers.
     if itemsize < 8:
-        per_warp, longest = (512, 8192) if adjacent else (128, 4096)
+        per_warp, longest = (512, 4096 if weighted else 8192) if adjacent else (128, 4096)
     else:
-        per_warp, longest = (128, 2048) if adjacent else (64, 1024)
+        per_warp, longest = (128, 1024 if weighted else 2048) if adjacent else (64, 512 if weighted else 1024)
     if columns > longest:
         return None
     if adjacent and rows * columns <= 4 * per_warp:
@@ -75,13 +81,22 @@ def few_classes_shape(
     return Shape(elements // columns, columns, min(elements // per_warp, 16))
 
 
-def tile_shape(itemsize: int, width: int) -> Tile:
-    """A thread reads 16 bytes at a time, and several times before it uses what it read. For `width` see there."""
+def tile_shape(itemsize: int, width: int, moments: bool = False, weighted: bool = False) -> Tile:
+    """A thread reads 16 bytes at a time, and several times before it uses what it read.
+
+    For `width` see there. Sums of `moments` and of `weighted` moments take registers, which leaves fewer to read into.
+    """
     if width == 0:  # addresses of their own, and halves to be widened, take registers
         return Tile(2, 1024 if itemsize == 4 else 512, 8)
     if width * itemsize < 16:
         return Tile(4, 512 if itemsize == 8 else 1024, 8)
-    return {2: Tile(4, 2048, 8), 4: Tile(4, 1024, 8), 8: Tile(4, 512, 8)}[itemsize]
+    chunk = 2 if moments or weighted else 4
+    return Tile(chunk // 2 if weighted and itemsize == 8 else chunk, 4096 // itemsize, 8)
+
+
+def sum_shape(count: int, lanes: int = LANES) -> tuple[int, int]:
+    """Block and warps of the one program that sums so many losses."""
+    return (2048, 8) if count <= 2**14 else (8192, 1024 // lanes)
 
 
 def options(warps: int, whole_rows: bool = False, hip: bool = torch.version.hip is not None) -> dict[str, Any]:
@@ -212,14 +227,25 @@ class Task:
     reports: Tensor | None = None
     tau_grad: Tensor | None = None
 
+    @property
+    def moments(self) -> bool:
+        """Whether mean and variance of the logits are read."""
+        return self.spec.soft or self.spec.label_smoothing > 0 or needs_moments(self.distance_code)
 
-def saved_slices(logits: Tensor) -> int:
+    @property
+    def weighted(self) -> bool:
+        """Whether the weight of every class is read, and not just that of the label."""
+        return self.weight is not None and (self.spec.soft or self.spec.label_smoothing > 0)
+
+
+def saved_slices(task: Task) -> int:
     """How many sets of statistics per row a run keeps for a later one; 0 where the logits are read again instead."""
+    logits = task.logits
     classes = logits.shape[class_dim(logits)]
     rows = logits.numel() // max(classes, 1)
     layout = rows_of(logits)
     adjacent = layout is not None and layout.flat and layout.class_stride == 1
-    if few_classes_shape(classes, rows, logits.element_size(), adjacent) is not None:
+    if few_classes_shape(classes, rows, logits.element_size(), adjacent, task.weighted) is not None:
         return 0
     return slice_count(rows, classes, processor_count(logits.device))
 
@@ -241,13 +267,13 @@ def run(task: Task) -> None:
     matrices = (logits,) if grad is None else (logits, grad)
     itemsize = logits.element_size()
     words = width(matrices, (layout, grad_layout)[: len(matrices)], classes)
-    shape = few_classes_shape(classes, rows, itemsize, adjacent=words > 0 and layout.flat)
+    shape = few_classes_shape(classes, rows, itemsize, words > 0 and layout.flat, task.weighted)
     slices = 1
     if shape is None:
         slices = slice_count(rows, classes, processor_count(logits.device))
         if task.saved is not None:
             slices = task.saved.shape[1]
-    programs = triton.cdiv(rows, shape.rows) if shape else rows * slices
+    programs = _programs(task, rows, shape) if shape else rows * slices
     parts, num_parts, mean = _denominator_parts(task, rows, classes, programs)
     losses = None
     if task.loss is not None and (shape is None or programs > 1):
@@ -302,7 +328,15 @@ def run(task: Task) -> None:
     else:
         _run_long_rows(task, arguments, rows, classes, slices)
     if losses is not None:
-        sum_kernel[(1,)](losses, task.denominator, task.loss, losses.numel(), BLOCK=2048, **options(8))
+        block, warps = sum_shape(losses.numel())
+        sum_kernel[(1,)](losses, task.denominator, task.loss, losses.numel(), BLOCK=block, **options(warps))
+
+
+def _programs(task: Task, rows: int, shape: Shape) -> int:
+    """How many programs share the tiles of a batch."""
+    warps = WARPS_TO_SKIP if task.skip_unit_upstream else WARPS_PER_PROCESSOR
+    most = max(1, processor_count(task.logits.device) * warps // shape.warps)
+    return min(-(-rows // shape.rows), most)
 
 
 def _denominator_parts(task: Task, rows: int, classes: int, programs: int) -> tuple[Tensor | None, int, int]:
@@ -332,7 +366,7 @@ STATS_ARGUMENTS = (
 
 
 def _run_long_rows(task: Task, arguments: dict[str, Any], rows: int, classes: int, slices: int) -> None:
-    tile = tile_shape(task.logits.element_size(), arguments["WIDTH"])
+    tile = tile_shape(task.logits.element_size(), arguments["WIDTH"], task.moments, task.weighted)
     common: dict[str, Any] = dict(CHUNK=tile.chunk, BLOCK=tile.block, **options(tile.warps))
     saved = task.saved
     if slices == 1 and not task.saved_known:
