@@ -76,7 +76,7 @@ def thinned(grid: list[pytest.Function], one_of: int) -> set[pytest.Item]:
     kept: set[pytest.Item] = set()
     seen: set[tuple[str, str]] = set()
     for item in shuffled:
-        values = {(name, str(index)) for name, index in item.callspec.indices.items()}
+        values = {(name, repr(value)) for name, value in item.callspec.params.items()}
         if not values <= seen or one_of * len(kept) < len(grid):
             kept.add(item)
             seen |= values
