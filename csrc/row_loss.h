@@ -278,9 +278,10 @@ DRSL_FN RowLoss<T> row_loss(const LossParams<Scalar<T>>& params, const RowStats<
 
   T value = in.weight * truth.value, f_delta = in.weight * truth.d_delta;
   T f_sum = f_delta;  // F_delta + F_kappa, which do not have to cancel
-  T d_mean = T(0);  // B, F_kappa of the smoothing term
+  T d_mean = T(0), share = T(0);  // B, F_kappa of the smoothing term; B / U
   if (params.soft || params.smoothing > Scalar<T>(0)) {
-    const T e = T(params.smoothing), share = params.soft ? T(1) : e / (rest.count + T(1));
+    const T e = T(params.smoothing);
+    share = params.soft ? T(1) : e / (rest.count + T(1));
     const T own = params.soft ? in.weight : (T(1) - e) * in.weight + share * in.weight;
     // sum u_k (-log p_k), of terms that do not cancel. The label at -inf makes -log p inf, and 0 inf is no loss.
     const T others = in.rest_weight * (in.rest_depth + log_(sum_exp) + odds.softminus);
@@ -304,7 +305,6 @@ DRSL_FN RowLoss<T> row_loss(const LossParams<Scalar<T>>& params, const RowStats<
   const T label_or_zero = select(abs_(label) < infinity<T>(), T(0), nan);
   // Probability of a masked class is an infinite loss, even where nothing else is left.
   const T lost = label_or_zero + (params.soft ? select(in.rest_depth == infinity<T>(), infinity<T>(), T(0)) : T(0));
-  const T U = select(in.rest_weight == T(0), T(1), in.rest_weight);
   RowLoss<T> out;
   out.loss = select(alone, lost, value);
   out.cross_entropy = select(alone, lost, cross_entropy);
@@ -315,7 +315,7 @@ DRSL_FN RowLoss<T> row_loss(const LossParams<Scalar<T>>& params, const RowStats<
   out.b = T(2) * f_rho;
   out.c = T(2) * strength * dist.d_variance;
   out.d = f_kappa / n;
-  out.smooth = d_mean / U;
+  out.smooth = share;
   out.label = select(alone, label_or_zero, -T(params.scale) * (f_delta + d_delta));
   return out;
 }

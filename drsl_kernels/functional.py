@@ -58,6 +58,20 @@ def fused_drsl_loss(
     return_stats: Literal[True],
     backend: BackendName | None = ...,
 ) -> tuple[Tensor, LossStats]: ...
+@overload
+def fused_drsl_loss(
+    logits: Tensor,
+    y: Tensor,
+    tau: Tensor | float,
+    *,
+    distance: Distance = ...,
+    weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    reduction: Reduction = ...,
+    label_smoothing: float = ...,
+    return_stats: bool = ...,
+    backend: BackendName | None = ...,
+) -> Tensor | tuple[Tensor, LossStats]: ...
 def fused_drsl_loss(
     logits: Tensor,
     y: Tensor,
@@ -96,8 +110,9 @@ def fused_drsl_loss(
     .. math:: L = \sum_k w_k q_k (-\log p_k) + \tau D \sum_k w_k q_k
 
     (without class weights :math:`-\sum_k q_k \log p_k + \tau D`), the mean is that over rows, and ``kl`` is
-    KL(uniform || p) over all classes. Probability of a class at -inf is an infinite loss. q is differentiable, too;
-    where it requires grad, the slower reference computes the loss.
+    KL(uniform || p) over all classes. A row of q should sum to 1; as in ``F.cross_entropy``, that is not checked.
+    Probability of a class at -inf is an infinite loss. q is differentiable, too; where it requires grad, the slower
+    reference computes the loss. The result is float32 for float32 logits, whatever the dtype of q.
 
     Args:
         logits: shape (C,), (N, C) or (N, C, d1, ...); float32, float64, bfloat16 or float16; any strides.
@@ -106,7 +121,7 @@ def fused_drsl_loss(
             probabilities, floating and of the shape of logits, as mixup and CutMix make them.
         tau: weight of the distance: a float, a tensor of shape (), or one value per row (a tensor of the shape of
             logits without its class dimension). Differentiable when it requires grad. Inside ``torch.compile`` give
-            a tau that changes as a tensor: each new float compiles anew.
+            a tau that changes as a tensor: each new float compiles anew, until torch's limit of recompilations.
         distance: which D. With class probabilities ``uniform`` or ``kl``.
         weight: weight w of each class, shape (C,), applied to the whole row. No gradient flows to it.
         ignore_index: rows with this label have loss and gradient 0 and do not count in the mean.

@@ -114,7 +114,8 @@ def loss_backward(
         wanted = [x for x, is_wanted in ((z, for_logits), (t, for_tau)) if is_wanted and x is not None]
         found = list(torch.autograd.grad(value, wanted, upstream, materialize_grads=True))
     logits_grad = _laid_out_like(logits, found.pop(0)) if for_logits else upstream.new_empty(0)
-    return logits_grad, found.pop(0) if for_tau else upstream.new_empty(0)
+    tau_grad = _laid_out_like(tau, found.pop(0)) if tau is not None and for_tau else upstream.new_empty(0)
+    return logits_grad, tau_grad
 
 
 @loss_backward.register_fake
@@ -205,9 +206,9 @@ def _row_shape(logits: Tensor, y: Tensor) -> torch.Size:
     return torch.Size() if class_dim(logits) == 0 else y.shape
 
 
-def _laid_out_like(logits: Tensor, grad: Tensor) -> Tensor:
+def _laid_out_like(tensor: Tensor, grad: Tensor) -> Tensor:
     """`grad` with the strides that the compiler was promised."""
-    promised = torch.empty_like(logits, device="meta")
+    promised = torch.empty_like(tensor, device="meta")
     if grad.stride() == promised.stride():
         return grad
-    return torch.empty_like(logits).copy_(grad)
+    return torch.empty_like(tensor).copy_(grad)

@@ -90,7 +90,8 @@ def softmax_loss(
             if isinstance(tau, Tensor)
             else tau
         )
-        loss = loss + tau * row_weight * distance(stats, spec.distance, spec.soft)
+        strength, penalty = tau * row_weight, distance(stats, spec.distance, spec.soft)
+        loss = loss + strength * torch.where((strength == 0.0) & penalty.isinf(), 0.0, penalty)  # 0 * inf is no penalty
     loss = torch.where(valid, _defined(loss, stats, spec), 0.0)
 
     details = _loss_stats(stats, cross_entropy, valid, spec) if return_stats else None

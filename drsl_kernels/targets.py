@@ -38,12 +38,15 @@ def soft_target(
     at = class_dim(logits)
     q = q.movedim(at, -1).to(dtype)
     classes = q.shape[-1]
-    labels = q.detach().argmax(-1) if classes > 0 else q.new_zeros(q.shape[:-1], dtype=torch.int64)
+    masked = logits.detach().movedim(at, -1) == -torch.inf
+    if classes > 0:
+        labels = q.detach().masked_fill(masked & (q.detach() == 0.0), -torch.inf).argmax(-1)
+    else:
+        labels = q.new_zeros(q.shape[:-1], dtype=torch.int64)
     weights = q
     if label_smoothing > 0.0:
         # Masked classes do not exist, so nothing is spread over them.
-        exists = logits.detach().movedim(at, -1) != -torch.inf
-        even = exists.to(dtype) / exists.sum(-1, keepdim=True).clamp(min=1)
+        even = (~masked).to(dtype) / (~masked).sum(-1, keepdim=True).clamp(min=1)
         weights = (1.0 - label_smoothing) * q + label_smoothing * even
     if weight is not None:
         weight = weight.detach().to(dtype)

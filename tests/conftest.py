@@ -113,9 +113,17 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.section("passed without a GPU")
     for what, count in counts.items():
         terminalreporter.write_line(f"{count:6} {what}")
-    samples = sum(dict(r.user_properties).get("samples", 0) for r in terminalreporter.stats.get("passed", ()))
-    if samples:
-        terminalreporter.write_line(f"{samples:6} checks of a loss against PyTorch's own samples of F.cross_entropy")
+    for against in ("F.cross_entropy", "the reference"):
+        run, good = (
+            sum(
+                dict(report.user_properties).get(f"samples against {against}", 0)
+                for outcome in outcomes
+                for report in terminalreporter.stats.get(outcome, ())
+            )
+            for outcomes in (("passed", "failed"), ("passed",))
+        )
+        if run:
+            terminalreporter.write_line(f"{good:6} of {run} of PyTorch's own samples, against {against}")
     left_out = max([config.stash.get(LEFT_OUT, 0), *_left_out_by_workers])
     if left_out:
         terminalreporter.write_line(f"{left_out:6} further cases of large grids left out: --all-cases runs them")

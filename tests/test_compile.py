@@ -164,6 +164,30 @@ def test_a_tensor_tau_does_not_recompile() -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_a_transposed_tau_that_requires_grad(compiler: str) -> None:
+    z, y = random_logits(2, CLASSES, 3, 4), random_labels(2, 3, 4, classes=CLASSES)
+    tau = torch.rand(2, 4, 3).requires_grad_()
+
+    def step(tau: Tensor) -> Tensor:
+        return fused_drsl_loss(z, y, tau.sigmoid().transpose(1, 2))
+
+    got, want = torch.compile(step, backend=compiler, fullgraph=True)(tau), step(tau)
+    torch.testing.assert_close(torch.autograd.grad(got, tau), torch.autograd.grad(want, tau))
+
+
+def test_forward_mode_through_compiled_code() -> None:
+    z, y = inputs(torch.float64)
+    step = torch.compile(lambda z: fused_drsl_loss(z, y, 0.5), backend="aot_eager")
+    step(z)
+    tangents = []
+    for function in (step, lambda z: fused_drsl_loss(z, y, 0.5)):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(z, torch.ones_like(z))
+            tangents.append(torch.autograd.forward_ad.unpack_dual(function(dual)).tangent)
+    torch.testing.assert_close(tangents[0], tangents[1])
+
+
 def test_bad_arguments_are_refused() -> None:
     z, y = inputs()
     with pytest.raises(Exception, match="reduction must be one of"):
@@ -240,6 +264,14 @@ def operator_arguments() -> dict[str, tuple[Any, ...]]:
         "number": (z, y, None, None, 0.5, *codes("kl")),
         "tensor tau": (z, y, None, tau[0].clone().requires_grad_(), 0.0, *codes()),
         "tau per row": (z, y, tau.new_ones(CLASSES), tau.clone().requires_grad_(), 0.0, *codes(reduction="none")),
+        "tau transposed": (
+            random_logits(2, CLASSES, 3, 2, dtype=torch.float64).requires_grad_(),
+            random_labels(2, 3, 2, classes=CLASSES),
+            None,
+            torch.rand(2, 2, 3, dtype=torch.float64).transpose(1, 2).requires_grad_(),
+            0.0,
+            *codes(reduction="none"),
+        ),
         "tau alone": (z.detach(), y, None, tau.clone().requires_grad_(), 0.0, *codes(reduction="sum")),
         "smoothing": (z, y, tau.new_ones(CLASSES), None, 0.5, *codes(smoothing=0.1)),
         "probabilities": (z, soft.labels, soft.weights, None, 0.5, *codes(soft=True)),
@@ -261,7 +293,7 @@ def test_opcheck(name: str, return_stats: bool, backend: str) -> None:
 def test_opcheck_of_the_backward_operator(name: str, backend: str) -> None:
     arguments = operator_arguments()[name]
     z, y, _, tau, *_ = arguments
-    upstream = torch.ones(y.shape if name in ("tau per row", "images") else (), dtype=torch.float64)
+    upstream = torch.ones(y.shape if name in ("tau per row", "tau transposed", "images") else (), dtype=torch.float64)
     upstream = upstream.to(torch.float32) if name == "bfloat16" else upstream
     wanted = z.requires_grad, tau is not None and tau.requires_grad
     torch.library.opcheck(ops.loss_backward, (upstream.requires_grad_(), *arguments, backend, *wanted))

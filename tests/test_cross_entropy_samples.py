@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeAlias
 
 import pytest
@@ -48,7 +48,11 @@ torch.save(drawn, sys.argv[1])
 """
 
 Sample: TypeAlias = "tuple[Tensor, Tensor, dict[str, Any]]"  # logits, y, arguments
-Samples: TypeAlias = Callable[[torch.dtype], list[Sample]]
+Samples: TypeAlias = Callable[..., list[Sample]]
+
+
+def kind_of(y: Tensor) -> str:
+    return "class probabilities" if y.is_floating_point() else "class indices"
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +71,9 @@ def samples(drawn: dict[str, Any], record_property: Callable[..., None], request
     """
     thin = "[triton" in request.node.name and not request.config.getoption("--all-cases")
 
-    def of(dtype: torch.dtype) -> list[Sample]:
+    def of(
+        dtype: torch.dtype, kinds: Collection[str] = tuple(SAMPLES), against: str = "F.cross_entropy"
+    ) -> list[Sample]:
         found = [
             (z.clone().requires_grad_(), y.clone().requires_grad_(y.is_floating_point()), arguments)
             for z, y, arguments in drawn[str(dtype)]
@@ -75,8 +81,8 @@ def samples(drawn: dict[str, Any], record_property: Callable[..., None], request
         soft = sum(y.is_floating_point() for _, y, _ in found)
         assert len(found) - soft >= SAMPLES["class indices"]
         assert soft >= SAMPLES["class probabilities"]
-        found = found[::4] if thin else found
-        record_property("samples", len(found))
+        found = [sample for sample in (found[::4] if thin else found) if kind_of(sample[1]) in kinds]
+        record_property(f"samples against {against}", len(found))
         return found
 
     return of
@@ -113,18 +119,17 @@ def leaves(z: Tensor, y: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_value_and_gradient(dtype: str, kernels: bool, backend: str, samples: Samples) -> None:
     """With probabilities that require grad, the reference stands in for the kernels."""
-    for z, y, arguments in samples(DTYPES[dtype]):
-        if kernels or y.is_floating_point():
-            target = y.detach() if kernels else y
-            ours, torchs = both(z, target, arguments, backend)
-            assert_same(ours, torchs, dtype)
-            upstream = torch.linspace(0.5, 1.5, ours.numel()).reshape(ours.shape)
-            wanted = [z] if kernels else [z, y]
-            got = torch.autograd.grad(ours, wanted, upstream.to(ours.dtype))
-            want = torch.autograd.grad(torchs, wanted, upstream.to(torchs.dtype))
-            for our_grad, their_grad in zip(got, want, strict=True):
-                assert our_grad.dtype == their_grad.dtype
-                assert_same(our_grad, their_grad, dtype)
+    for z, y, arguments in samples(DTYPES[dtype], SAMPLES if kernels else ["class probabilities"]):
+        target = y.detach() if kernels else y
+        ours, torchs = both(z, target, arguments, backend)
+        assert_same(ours, torchs, dtype)
+        upstream = torch.linspace(0.5, 1.5, ours.numel()).reshape(ours.shape)
+        wanted = [z] if kernels else [z, y]
+        got = torch.autograd.grad(ours, wanted, upstream.to(ours.dtype))
+        want = torch.autograd.grad(torchs, wanted, upstream.to(torchs.dtype))
+        for our_grad, their_grad in zip(got, want, strict=True):
+            assert our_grad.dtype == their_grad.dtype
+            assert_same(our_grad, their_grad, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -184,13 +189,10 @@ HARD_AND_SOFT += [(distance, "class probabilities") for distance in ("uniform", 
 @pytest.mark.parametrize(("distance", "kind"), HARD_AND_SOFT)
 def test_every_distance_against_the_reference(distance: Any, kind: str, backend: str, samples: Samples) -> None:
     """Values, gradients and second derivatives in float64."""
-    for z, y, arguments in samples(torch.float64):
-        if y.is_floating_point() != (kind == "class probabilities"):
-            continue
+    for z, y, arguments in samples(torch.float64, [kind], "the reference"):
         results = []
         for name in (backend, "reference"):
-            arguments |= {"distance": distance, "backend": name}
-            loss = fused_drsl_loss(z, y.detach(), 0.7, **arguments)
+            loss = fused_drsl_loss(z, y.detach(), 0.7, **{**arguments, "distance": distance, "backend": name})
             grad = torch.autograd.grad(loss.sum(), z, retain_graph=True)[0]
             first = torch.autograd.grad(loss.sum(), z, create_graph=True)[0]
             results.append((loss.detach(), grad, torch.autograd.grad(first.square().sum(), z)[0]))

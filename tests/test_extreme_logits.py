@@ -122,3 +122,11 @@ def test_a_variance_that_overflows_is_infinite(classes: int, backend: str) -> No
         z, random_labels(2, classes=classes), 0.5, distance="non_target_logits", reduction="none", backend=backend
     )
     assert losses.isinf().all()
+
+
+def test_a_tau_of_0_as_a_tensor_is_no_penalty(backend: str) -> None:
+    """Where the distance is infinite."""
+    z = torch.tensor([[3e25, -3e25, 1.0]])
+    y = torch.tensor([0])
+    got = fused_drsl_loss(z, y, torch.tensor(0.0), distance="non_target_logits", backend=backend)
+    torch.testing.assert_close(got, F.cross_entropy(z, y))

@@ -277,3 +277,29 @@ def test_errors(name: str, backend: str) -> None:
         theirs = {k: v for k, v in arguments.items() if k in ("ignore_index", "weight")}
         with pytest.raises(error):
             F.cross_entropy(random_logits(4, 5), arguments["y"], **theirs)
+
+
+WEIGHTS_THAT_CANCEL: dict[str, tuple[Any, Any]] = {
+    "probabilities": (torch.tensor([[0.6, 0.2, -0.2, 0.0]]), {}),
+    "class_weights": (torch.tensor([[0.25, 0.25, 0.25, 0.25]]), {"weight": torch.tensor([1.0, 1.0, -1.0, 0.0])}),
+    "smoothing": (torch.tensor([0]), {"weight": torch.tensor([1.0, -1.0, 1.0, 0.0]), "label_smoothing": 0.2}),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS_THAT_CANCEL)
+def test_weights_that_add_up_to_0(name: str, backend: str) -> None:
+    """Those of the rest: their mean is of no use then, and the gradient must not be made of it."""
+    y, arguments = WEIGHTS_THAT_CANCEL[name]
+    z = random_logits(1, 4).requires_grad_()
+    got, want = fused_drsl_loss(z, y, 0.0, backend=backend, **arguments), F.cross_entropy(z, y, **arguments)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, z), torch.autograd.grad(want, z))
+
+
+@pytest.mark.parametrize("distance", ["uniform", "kl"])
+def test_a_row_without_probability_and_with_masked_classes(distance: Any, backend: str) -> None:
+    """As of padding: only the penalty is left, over the classes that exist."""
+    z, q = random_logits(1, 5), torch.zeros(1, 5)
+    z[0, :2] = -torch.inf
+    got = fused_drsl_loss(z, q, TAU, distance=distance, backend=backend)
+    torch.testing.assert_close(got, fused_drsl_loss(z[:, 2:], q[:, 2:], TAU, distance=distance, backend=backend))

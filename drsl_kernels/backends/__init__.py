@@ -99,8 +99,9 @@ def is_compiled(logits: Tensor, name: str | None) -> bool:
         torch.compiler.is_compiling()
         and not torch.compiler.is_exporting()
         and not inside_function_transform()
+        and torch.autograd.forward_ad._current_level < 0
         and name != "reference"
-        and isinstance(logits, Tensor)
+        and type(logits) in (Tensor, Parameter)
         and (name is not None or _has_backend(logits.device.type))
     )
 

@@ -307,8 +307,12 @@ def row_loss(
     F_sum = F_delta  # F_delta + F_kappa, which do not have to cancel
     F_mean = tl.zeros_like(F_delta)  # F_kappa of the smoothing term
     lost = tl.zeros_like(F_delta)
+    share = tl.zeros_like(F_delta)  # F_mean / U
     if SMOOTH:
-        share = tl.full((), 1.0, n.dtype) if SOFT else smoothing / (n + 1.0)
+        if SOFT:
+            share += 1.0
+        else:
+            share = smoothing / (n + 1.0)
         own = share * weight if SOFT else (1.0 - smoothing) * weight + share * weight
         rest_depth = h
         if WEIGHTED:
@@ -350,7 +354,7 @@ def row_loss(
         2.0 * F_rho,
         2.0 * strength * D_V,
         F_kappa / count,
-        F_mean / tl.where(U == 0.0, 1.0, U),
+        share,
         tl.where(alone, label_or_zero, -scale * (F_delta + D_delta)),
     )
     return report, gradient
