@@ -66,7 +66,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 LEFT_OUT = pytest.StashKey[int]()
 SMALL_GRID = 20  # cases; of larger ones a backend gets one in so many, in which every value of every parameter comes up
-ONE_OF = {"triton": 8, "cuda": 3, "reference": 3}
+ONE_OF = {"triton": 12, "cuda": 4, "reference": 4}
 
 
 def thinned(grid: list[pytest.Function], one_of: int) -> set[pytest.Item]:
