@@ -5,10 +5,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Of the thousands of modules that come along only those that are imported are ever compiled.
+INSTALL = $(PIP) install -q --no-compile -c constraints.txt
 INSTALLED := $(VENV)/.installed
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt drsl_kernels/_version.py $(wildcard csrc/* csrc/*/*)
 CPP_FILES = $$(find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
-PYTEST_ARGS ?= -n 2 --dist worksteal
+PYTEST_ARGS ?= -n 2 --maxschedchunk 4
 
 # cmake and ninja may be in the environment only.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -65,8 +67,8 @@ $(BIN)/python:
 
 # --no-build-isolation builds against the torch of this environment, so that comes first.
 $(INSTALLED): $(BIN)/python $(BUILD_INPUTS)
-	$(PIP) install -q -c constraints.txt torch 'setuptools>=77' ninja pybind11
-	command -v cmake > /dev/null || $(PIP) install -q -c constraints.txt cmake
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[lab,test,docs,dev]'
+	$(INSTALL) torch 'setuptools>=77' ninja pybind11
+	command -v cmake > /dev/null || $(INSTALL) cmake
+	$(INSTALL) --no-build-isolation -e '.[lab,test,docs,dev]'
 	@$(BIN)/python -W ignore -c 'import drsl_kernels; print(drsl_kernels.info())'
 	@touch $@

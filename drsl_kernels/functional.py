@@ -23,6 +23,7 @@ from .spec import (
     Truth,
     cached_loss_spec,
     check_tensors,
+    class_dim,
     number,
 )
 from .targets import soft_target
@@ -263,7 +264,8 @@ def softmax_loss(
     soft = isinstance(y, Tensor) and y.is_floating_point()
     spec = cached_loss_spec(truth, q, distance, scale, margin, ignore_index, reduction, label_smoothing, soft)
     if is_compiled(logits, backend):
-        check_tensors(logits, y, tau, weight, spec)
+        if not soft:
+            check_tensors(logits, y, tau, weight, spec)
         chosen: Backend = partial(ops.softmax_loss, backend=backend)
     else:
         chosen = choose(logits, backend)
@@ -287,5 +289,7 @@ def _soft_loss(
     if backend is reference.softmax_loss or (y.requires_grad and torch.is_grad_enabled()):
         return reference.softmax_loss(logits, y, tau, weight, spec, return_stats)
     check_tensors(logits, y, tau, weight, spec)
+    if logits.shape[class_dim(logits)] == 0:  # no class that could stand for the label
+        return reference.softmax_loss(logits, y, tau, weight, spec, return_stats)
     target = soft_target(logits, y, tau, weight, spec.label_smoothing)
     return backend(logits, target.labels, target.tau, target.weights, spec, return_stats)

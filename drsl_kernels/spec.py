@@ -27,6 +27,7 @@ BackendName: TypeAlias = Literal["cpp", "reference", "triton", "cuda"]
 TRUTHS: Final[tuple[str, ...]] = get_args(Truth)
 DISTANCES: Final[tuple[str, ...]] = get_args(Distance)
 SOFT_DISTANCES: Final = ("uniform", "kl")  # those that make sense without a label
+SOFT_KL_CODE: Final = 1 + len(DISTANCES)  # "kl" of class probabilities: to uniform over all classes
 REDUCTIONS: Final[tuple[str, ...]] = get_args(Reduction)
 BACKENDS: Final[tuple[str, ...]] = get_args(BackendName)
 
@@ -89,10 +90,7 @@ def spec_of_codes(
     soft: bool,
 ) -> LossSpec:
     """The inverse of `LossSpec.codes`."""
-    if distance == 1 + len(DISTANCES):
-        name: str | None = "kl"  # of class probabilities, see `_distance_code`
-    else:
-        name = DISTANCES[distance - 1] if distance > 0 else None
+    name = None if distance == 0 else "kl" if distance == SOFT_KL_CODE else DISTANCES[distance - 1]
     return cached_loss_spec(
         TRUTHS[truth], q, name, scale, margin, ignore_index, REDUCTIONS[reduction], label_smoothing, soft
     )
@@ -180,7 +178,7 @@ def _distance_code(distance: str | None, soft: bool) -> int:
     if distance is None:
         return 0
     if soft and distance == "kl":
-        return 1 + len(DISTANCES)  # to uniform over all classes
+        return SOFT_KL_CODE
     return 1 + DISTANCES.index(distance)
 
 

@@ -29,6 +29,7 @@ REGISTERS = 65536  # of a multiprocessor, on every generation
 KERNELS_PER_FORMAT = {"group_kernel": 16, "block_kernel": 8, "part_kernel": 4, "weight_kernel": 1, "finish_kernel": 1}
 
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+pytestmark = pytest.mark.slow
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH or in /usr/local/cuda/bin: kernels not compiled")
 
 

@@ -280,7 +280,7 @@ def test_anomaly_mode_raises_no_false_alarm(distance: str, backend: str) -> None
     tau = torch.tensor(0.5, requires_grad=True)
     with torch.autograd.set_detect_anomaly(True):
         leaf = z.requires_grad_()
-        loss = fused_drsl_loss(leaf, y, tau, distance=distance, label_smoothing=0.0, backend=backend)
+        loss = fused_drsl_loss(leaf, y, tau, distance=distance, backend=backend)
         loss.backward(retain_graph=True)
         if distance != "non_target_logits":  # its square of 1e4 is large, its square squared is not finite
             slope = torch.autograd.grad(loss, leaf, create_graph=True)[0]
