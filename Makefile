@@ -5,7 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# Of the thousands of modules that come along only those that are imported are ever compiled.
+# Of the thousands of modules that come along only those that are imported are ever compiled, and then for good.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL = $(PIP) install -q --no-compile -c constraints.txt
 INSTALLED := $(VENV)/.installed
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt drsl_kernels/_version.py $(wildcard csrc/* csrc/*/*)

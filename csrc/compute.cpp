@@ -16,6 +16,11 @@
 #include <optional>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #if defined(DRSL_WITH_CUDA) && !defined(DRSL_CUDA_ON_HOST)
 // torch's C interface (torch/csrc/inductor/aoti_torch/c/shim.h), which that header shows only where USE_CUDA is
 // defined.
@@ -245,6 +250,19 @@ Task make_task(const Inputs& in, const Config& config, const Wanted& wanted, con
 // ---------------------------------------------------------------------------------------------------------
 // On the CPU
 
+constexpr size_t kLargePagesBytes = size_t(4) << 20;  // two large pages and more
+
+// The system hands out fresh memory page by page, on the first write to each: 4 KB at a time that takes longer than the
+// loss. Where large pages are to be had on request, this is the request; a refusal changes nothing.
+void ask_for_large_pages([[maybe_unused]] const Tensor& t) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (t.nbytes() < kLargePagesBytes) return;
+  const uintptr_t page = sysconf(_SC_PAGESIZE), start = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+  const uintptr_t begin = (start + page - 1) / page * page, end = (start + t.nbytes()) / page * page;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 // What the mean divides by; 1 for the other reductions.
 double scan_labels(const Kernels& cpu, const Inputs& in, const Config& config, Result& result) {
   const int64_t classes = in.logits.size(class_dim(in.logits));
@@ -370,7 +388,10 @@ Result compute(const Tensor& logits_in, const Tensor& y_in, const Tensor& weight
     const Tensor grad = later.grad.defined() ? later.grad : at::empty_like(in.logits, options.device(at::kMeta));
     if (Layout(in.logits, grad).sizes.size() > kMaxDeviceDims) in.logits = in.logits.contiguous();
   }
-  if (wanted.grad) result.grad = later.grad.defined() ? later.grad : at::empty_like(in.logits);
+  if (wanted.grad) {
+    result.grad = later.grad.defined() ? later.grad : at::empty_like(in.logits);
+    if (!device) ask_for_large_pages(result.grad);
+  }
   if (wanted.tau_grad) result.tau_grad = at::zeros({in.y.numel()}, options);
   if (wanted.loss) {
     // An unbatched row may come with a target of shape (1,): the loss is a scalar all the same.

@@ -1,6 +1,6 @@
 // The operator drsl_kernels::softmax_loss on the CPU and on CUDA devices, with its autograd node. The gradient is
 // computed together with the loss, into a buffer of its own, and handed over by the backward pass. Relies on compute.h;
-// drsl_kernels/backends/cpp.py calls the operator.
+// python.cpp calls the function behind the operator.
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/function.h>
@@ -13,8 +13,8 @@
 #include <tuple>
 #include <type_traits>
 
-#include "compute.h"
 #include "cpu/kernels.h"
+#include "ops.h"
 
 namespace drsl {
 namespace {
@@ -173,6 +173,8 @@ auto make_node() {
   else return std::make_shared<N>();
 }
 
+}  // namespace
+
 Config make_config(double tau_value, int64_t truth, double q, int64_t distance, double scale, double margin,
                    int64_t ignore_index, int64_t reduction, double label_smoothing, bool soft) {
   TORCH_CHECK(truth >= 0 && truth <= static_cast<int64_t>(Truth::log_odds), "truth has code ", truth);
@@ -190,13 +192,8 @@ Config make_config(double tau_value, int64_t truth, double q, int64_t distance, 
           tau_value};
 }
 
-std::tuple<Tensor, Tensor> softmax_loss(const Tensor& logits, const Tensor& y, const std::optional<Tensor>& weight_in,
-                                        const std::optional<Tensor>& tau_in, double tau_value, int64_t truth, double q,
-                                        int64_t distance, double scale, double margin, int64_t ignore_index,
-                                        int64_t reduction, double label_smoothing, bool soft, bool return_stats) {
-  const Tensor weight = weight_in.value_or(Tensor()), tau = tau_in.value_or(Tensor());
-  const Config config =
-      make_config(tau_value, truth, q, distance, scale, margin, ignore_index, reduction, label_smoothing, soft);
+std::tuple<Tensor, Tensor> softmax_loss(const Tensor& logits, const Tensor& y, const Tensor& weight, const Tensor& tau,
+                                        const Config& config, bool return_stats) {
   const bool for_logits = at::GradMode::is_enabled() && logits.requires_grad();
   const bool for_tau = at::GradMode::is_enabled() && tau.defined() && tau.requires_grad();
 
@@ -225,6 +222,18 @@ std::tuple<Tensor, Tensor> softmax_loss(const Tensor& logits, const Tensor& y, c
   return {std::move(result.loss), std::move(result.stats)};
 }
 
+namespace {
+
+std::tuple<Tensor, Tensor> softmax_loss_operator(const Tensor& logits, const Tensor& y,
+                                                 const std::optional<Tensor>& weight, const std::optional<Tensor>& tau,
+                                                 double tau_value, int64_t truth, double q, int64_t distance,
+                                                 double scale, double margin, int64_t ignore_index, int64_t reduction,
+                                                 double label_smoothing, bool soft, bool return_stats) {
+  const Config config =
+      make_config(tau_value, truth, q, distance, scale, margin, ignore_index, reduction, label_smoothing, soft);
+  return softmax_loss(logits, y, weight.value_or(Tensor()), tau.value_or(Tensor()), config, return_stats);
+}
+
 std::string cpu_capability() { return kernels().name; }
 
 }  // namespace
@@ -245,9 +254,9 @@ DRSL_DEFINE(DRSL_LIBRARY, m) {
   m.def("cpu_capability() -> str", drsl::cpu_capability);
 }
 
-DRSL_IMPLEMENT(DRSL_LIBRARY, AutogradCPU, m) { m.impl("softmax_loss", drsl::softmax_loss); }
-DRSL_IMPLEMENT(DRSL_LIBRARY, CPU, m) { m.impl("softmax_loss", drsl::softmax_loss); }
+DRSL_IMPLEMENT(DRSL_LIBRARY, AutogradCPU, m) { m.impl("softmax_loss", drsl::softmax_loss_operator); }
+DRSL_IMPLEMENT(DRSL_LIBRARY, CPU, m) { m.impl("softmax_loss", drsl::softmax_loss_operator); }
 #if defined(DRSL_WITH_CUDA) && !defined(DRSL_CUDA_ON_HOST)
-DRSL_IMPLEMENT(DRSL_LIBRARY, AutogradCUDA, m) { m.impl("softmax_loss", drsl::softmax_loss); }
-DRSL_IMPLEMENT(DRSL_LIBRARY, CUDA, m) { m.impl("softmax_loss", drsl::softmax_loss); }
+DRSL_IMPLEMENT(DRSL_LIBRARY, AutogradCUDA, m) { m.impl("softmax_loss", drsl::softmax_loss_operator); }
+DRSL_IMPLEMENT(DRSL_LIBRARY, CUDA, m) { m.impl("softmax_loss", drsl::softmax_loss_operator); }
 #endif

@@ -6,7 +6,7 @@ Relies on `spec` and `backends`; `modules` and `robustness` rely on it.
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from .spec import (
     cached_loss_spec,
     check_tensors,
     class_dim,
+    loss_spec,
     number,
 )
 from .targets import soft_target
@@ -148,18 +149,8 @@ def fused_drsl_loss(
     """
     if distance is None:  # what softmax_loss takes for "no penalty" is a mistake here
         raise ValueError(f"distance must be one of {', '.join(map(repr, DISTANCES))}, got None")
-    return softmax_loss(
-        logits,
-        y,
-        distance=distance,
-        tau=tau,
-        weight=weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        return_stats=return_stats,
-        backend=backend,
-    )
+    member = ("ce", 0.7, distance, 1.0, 0.0, ignore_index, reduction, label_smoothing)
+    return _loss(logits, y, tau, weight, member, return_stats, backend)
 
 
 @overload
@@ -257,13 +248,29 @@ def softmax_loss(
     The other arguments, the result and the errors are those of `fused_drsl_loss`. `label_smoothing` is defined
     for ``ce`` alone: with another truth it must be 0, else ValueError.
     """
-    if not isinstance(tau, Tensor):
+    member = (truth, q, distance, scale, margin, ignore_index, reduction, label_smoothing)
+    return _loss(logits, y, tau, weight, member, return_stats, backend)
+
+
+def _loss(
+    logits: Tensor,
+    y: Tensor,
+    tau: Tensor | float,
+    weight: Tensor | None,
+    member: tuple[Any, ...],
+    return_stats: bool,
+    backend: str | None,
+) -> Tensor | tuple[Tensor, LossStats]:
+    """`member`: the arguments of `loss_spec`."""
+    if type(tau) is not float and not isinstance(tau, Tensor):
         tau = number("tau", tau)
     if not isinstance(return_stats, bool):
         raise TypeError(f"return_stats must be a bool, got {return_stats!r}")
     soft = isinstance(y, Tensor) and y.is_floating_point()
-    spec = cached_loss_spec(truth, q, distance, scale, margin, ignore_index, reduction, label_smoothing, soft)
-    if is_compiled(logits, backend):
+    compiling = torch.compiler.is_compiling()
+    arguments = (*member, soft)
+    spec = loss_spec(*arguments) if compiling else cached_loss_spec(*arguments)
+    if compiling and is_compiled(logits, backend):
         if not soft:
             check_tensors(logits, y, tau, weight, spec)
         chosen: Backend = partial(ops.softmax_loss, backend=backend)

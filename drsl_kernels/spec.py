@@ -186,9 +186,7 @@ _remembered_loss_spec = lru_cache(maxsize=256, typed=True)(loss_spec)
 
 
 def cached_loss_spec(*arguments: Any) -> LossSpec:
-    """`loss_spec`, remembered: a training loop pays for the checks in its first step only."""
-    if torch.compiler.is_compiling():
-        return loss_spec(*arguments)
+    """`loss_spec`, remembered: a training loop pays for the checks in its first step only. Not for `torch.compile`."""
     try:
         return _remembered_loss_spec(*arguments)
     except TypeError:  # an argument that cannot be remembered, such as a list: the checks say what is wrong with it

@@ -18,7 +18,7 @@ from drsl_kernels import fused_drsl_loss, softmax_loss
 
 INF, NAN = math.inf, math.nan
 
-# The kernels differ below and above 128 classes (tiles, row sweep).
+# The kernels differ below and above 128 or, with AVX-512, 192 classes (tiles, row sweep).
 SIZES = pytest.mark.parametrize("classes", [5, 40, 200], ids=["C=5", "C=40", "C=200"])
 MEMBERS = pytest.mark.parametrize(("truth", "distance"), PAIRS, ids=PAIR_IDS)
 FLOATS = pytest.mark.parametrize("dtype", DTYPES)

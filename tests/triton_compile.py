@@ -111,7 +111,7 @@ def cases_of(element: str, lanes: int, thorough: bool) -> Iterator[Case]:
             tile = tile_shape(itemsize, width, load != "light", weighted)
             constants |= {"WIDTH": width, "FLAT": flat, "MEAN": 1, "CHUNK": tile.chunk, "BLOCK": tile.block}
             forward = {pointer: of for pointer, of in present.items() if pointer not in ("grad", "upstream")}
-            for some, what in ((present, ""), (forward, " forward")):
+            for some, what in ((forward, " forward"),) if width == 2 else ((present, ""), (forward, " forward")):
                 name = f"{element} {load}{what} width {width}{'' if flat else ' two strides'}"
                 counting = constants | ({"SKIP": False} if what else {})
                 batches = ((10, 128), (10, 65536), (100, 128), (1000, 256))

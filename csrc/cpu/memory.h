@@ -142,6 +142,10 @@ template <> DRSL_FN Vec<float> load_first(const float* p, int64_t n) {
 template <> DRSL_FN void store_first(float* p, Vec<float> x, int64_t n) { _mm256_maskstore_ps(p, first_lanes(n), x.v); }
 #endif
 
+// The line of p, which may lie anywhere, comes into the cache: to be read, or to be written.
+DRSL_FN void prefetch(const void* p) { __builtin_prefetch(p, 0); }
+DRSL_FN void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1); }
+
 // Element at p, and element back: through a vector, so that the rounding is the one of whole vectors.
 template <class D>
 DRSL_FN Accumulator<D> load_one(const D* p) {

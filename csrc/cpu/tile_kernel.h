@@ -19,23 +19,35 @@ DRSL_FN TileShape tile_shape(const int64_t* offsets, int64_t n, int64_t class_st
   return adjacent ? TileShape::adjacent_rows : TileShape::scattered;
 }
 
+// visit(first class, number of classes) for squares of kLanes classes that cover a row. The last one reaches back over
+// classes that are done already, since a part of a vector costs more than a whole one; fewer classes are one part.
+template <class S, class Visit>
+DRSL_FN void sweep_squares(int64_t classes, Visit visit) {
+  constexpr int64_t kLanes = Vec<S>::kLanes;
+  if (classes < kLanes) return visit(int64_t(0), classes);
+  for (int64_t c = 0; c + kLanes <= classes; c += kLanes) visit(c, kLanes);
+  if (classes % kLanes) visit(classes - kLanes, kLanes);
+}
+
 // Memory -> scratch: tile[c * kLanes + lane] = logit of class c in row `lane`; 0 in lanes from n on.
 template <class D, class S = Accumulator<D>>
 DRSL_PASS void load_tile(const D* base, const int64_t* offsets, int64_t n, int64_t classes, int64_t stride, S* tile) {
   constexpr int kLanes = Vec<S>::kLanes;
   switch (tile_shape<S>(offsets, n, stride)) {
     case TileShape::adjacent_classes:
-      for (int64_t c = 0; c < classes; c += kLanes) {
-        const int64_t width = classes - c < kLanes ? classes - c : kLanes;
+      sweep_squares<S>(classes, [&](int64_t c, int64_t width) {
         Vec<S> square[kLanes];
-        if (n == kLanes) {
-          for (int i = 0; i < kLanes; ++i) square[i] = load_first(base + offsets[i] + c, width);
+        const auto row = [&](int i) { return base + offsets[i] + c; };
+        if (n < kLanes) {
+          for (int i = 0; i < kLanes; ++i) square[i] = i < n ? load_first(row(i), width) : Vec<S>(S(0));
+        } else if (width < kLanes) {
+          for (int i = 0; i < kLanes; ++i) square[i] = load_first(row(i), width);
         } else {
-          for (int i = 0; i < kLanes; ++i) square[i] = i < n ? load_first(base + offsets[i] + c, width) : Vec<S>(S(0));
+          for (int i = 0; i < kLanes; ++i) square[i] = load(row(i));
         }
         transpose(square);
         for (int j = 0; j < width; ++j) store(tile + (c + j) * kLanes, square[j]);
-      }
+      });
       return;
     case TileShape::adjacent_rows:
       for (int64_t c = 0; c < classes; ++c) store(tile + c * kLanes, load(base + offsets[0] + c * stride));
@@ -55,13 +67,17 @@ DRSL_PASS void store_tile(D* base, const int64_t* offsets, int64_t n, int64_t cl
   constexpr int kLanes = Vec<S>::kLanes;
   switch (tile_shape<S>(offsets, n, stride)) {
     case TileShape::adjacent_classes:
-      for (int64_t c = 0; c < classes; c += kLanes) {
-        const int64_t width = classes - c < kLanes ? classes - c : kLanes;
+      sweep_squares<S>(classes, [&](int64_t c, int64_t width) {
         Vec<S> square[kLanes];
+        const auto row = [&](int i) { return base + offsets[i] + c; };
         for (int j = 0; j < kLanes; ++j) square[j] = j < width ? load(tile + (c + j) * kLanes) : Vec<S>(S(0));
         transpose(square);
-        for (int i = 0; i < n; ++i) store_first(base + offsets[i] + c, square[i], width);
-      }
+        if (width < kLanes) {
+          for (int i = 0; i < n; ++i) store_first(row(i), square[i], width);
+        } else {
+          for (int i = 0; i < n; ++i) store(row(i), square[i]);
+        }
+      });
       return;
     case TileShape::adjacent_rows:
       for (int64_t c = 0; c < classes; ++c) store(base + offsets[0] + c * stride, load(tile + c * kLanes));
@@ -110,11 +126,28 @@ DRSL_FN TileTop<S> top_of_tile(S* tile, int64_t classes, Mask<S> (*is_label)(int
   return {max, mean, count, label_logit};
 }
 
+// Lines to fetch, a class at a time: of the tile that is next, and of this tile's gradient.
+struct TileLines {
+  const char *next, *grad;
+  int64_t next_step, grad_step;
+};
+
+template <class D>
+DRSL_FN TileLines tile_lines(const Call<D>& call, int64_t n, const int64_t* offsets, const int64_t* grad_offsets) {
+  constexpr int64_t kLanes = Vec<Accumulator<D>>::kLanes, kBytes = sizeof(D);
+  const RowLayout& layout = call.task.layout;
+  const int64_t row_step = n > 1 ? offsets[1] - offsets[0] : 1;
+  const auto step = [](int64_t stride) { return kBytes * (stride == 1 ? kLanes : stride); };
+  return {reinterpret_cast<const char*>(call.logits + offsets[0] + kLanes * row_step),
+          reinterpret_cast<const char*>(call.grad + grad_offsets[0]), step(layout.logits_class_stride),
+          step(layout.grad_class_stride)};
+}
+
 // From a tile of logits to losses and, with kGrad, a tile of gradients in `exps`. The tile of logits is changed.
 // `weights` is the tile of class probabilities; read where the call is soft.
 template <class Terms, bool kGrad, class S>
 DRSL_PASS void finish_tile(const CallInfo<S>& call, int64_t first, int64_t n, S* logits, S* exps, const S* weights,
-                           LossSum<S>& sum) {
+                           const TileLines& lines, LossSum<S>& sum) {
   constexpr int kLanes = Vec<S>::kLanes;
   using Bits = typename Vec<S>::Bits;
   using Int = typename Vec<S>::Int;
@@ -131,7 +164,9 @@ DRSL_PASS void finish_tile(const CallInfo<S>& call, int64_t first, int64_t n, S*
   Vec<S> sum_exp = zero, sum_exp2 = zero, steps = zero, squares = zero, weight = zero, weighted_depth = zero;
   for (int64_t c = 0; c < classes; ++c) {
     const Vec<S> v = load(static_cast<const S*>(logits) + c * kLanes);
-    const Vec<S> e = exp_(v - shift);
+    const Vec<S> e = exp_of_fall(v - shift);
+    prefetch(lines.next + c * lines.next_step);
+    if constexpr (kGrad) prefetch_to_write(lines.grad + c * lines.grad_step);
     sum_exp = sum_exp + e;
     if constexpr (Terms::kSquares) sum_exp2 = sum_exp2 + e * e;
     if constexpr (Terms::kMoments) {
@@ -149,7 +184,9 @@ DRSL_PASS void finish_tile(const CallInfo<S>& call, int64_t first, int64_t n, S*
     if constexpr (kGrad) store(exps + c * kLanes, e);
   }
   const Moments<Vec<S>> moments = corrected_moments(top.max, top.mean, steps, squares, top.count);
-  const RowStats<Vec<S>> stats{top.max, sum_exp, sum_exp2, moments.depth, moments.variance, top.count};
+  // A NaN in a row, which need not show in its exponentials, shows in its mean.
+  const RowStats<Vec<S>> stats{top.max,  sum_exp + (top.mean - top.mean), sum_exp2, moments.depth, moments.variance,
+                               top.count};
   if constexpr (Terms::kWeightedMean) {
     weighted_depth = weighted_depth / select(weight == zero, Vec<S>(S(1)), weight);
   } else {
@@ -201,7 +238,7 @@ DRSL_FN void tile_block(const Call<D>& call, int64_t first, int64_t n, S* scratc
       load_tile<S>(call.weights_of_row(first), rows, n, t.classes, 1, weights);
     }
   }
-  finish_tile<Terms, kGrad, S>(call, first, n, logits, exps, weights, sum);
+  finish_tile<Terms, kGrad, S>(call, first, n, logits, exps, weights, tile_lines(call, n, offsets, grad_offsets), sum);
   if constexpr (kGrad) {
     store_tile(call.grad, grad_offsets, n, t.classes, t.layout.grad_class_stride, static_cast<const S*>(exps));
   }

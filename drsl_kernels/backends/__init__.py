@@ -83,10 +83,16 @@ def choose(logits: Tensor, name: str | None) -> Backend:
     if ENVIRONMENT is not None:
         check_backend_name(VARIABLE, ENVIRONMENT)
         return _forced(logits, ENVIRONMENT, f"{VARIABLE}={ENVIRONMENT}")
-    for candidate in PREFERENCE.get(logits.device.type, ()):
+    return _best(logits.device.type)
+
+
+@cache
+def _best(device: str) -> Backend:
+    """Decided once per kind of device, with one warning where no backend has it."""
+    for candidate in PREFERENCE.get(device, ()):
         if _usable(candidate):
             return _load(candidate)
-    _warn_fallback(logits.device.type)
+    _warn_fallback(device)
     return reference.softmax_loss
 
 
@@ -134,9 +140,9 @@ def _forced(logits: Tensor, name: str, how: str) -> Backend:
 
 @cache
 def _load(name: str) -> Backend:
-    """The callable of a usable backend. Triton is imported here, and not where nobody uses it."""
+    """The callable of a usable backend. What it needs is imported here, and not where nobody uses it."""
     if name in ("cpp", "cuda"):
-        return cpp.softmax_loss
+        return cpp.backend(import_module("drsl_kernels._C").softmax_loss)
     triton: Backend = import_module(".triton", __name__).softmax_loss
     return triton
 
@@ -197,9 +203,8 @@ def _inspect_triton() -> BackendInfo:
     return BackendInfo("triton", True, f"triton {module.VERSION}")
 
 
-@cache
 def _warn_fallback(device: str) -> None:
-    """One warning per kind of device, since a silent fallback costs a user the speed that they came for."""
+    """A warning, since a silent fallback costs a user the speed that they came for."""
     reasons = [f"{name} ({_inspect(name).detail})" for name in PREFERENCE.get(device, ())]
     why = "; ".join(reasons) if reasons else f"no compiled backend for {device!r} tensors in this version"
     message = f"drsl_kernels runs on the slower pure-PyTorch reference: {why}"

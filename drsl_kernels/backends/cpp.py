@@ -1,4 +1,4 @@
-"""The compiled extension as a backend: one call of a dispatcher operator, autograd node in C++ (csrc/ops.cpp).
+"""The compiled extension as a backend: one call of a C++ function, with an autograd node in C++ (csrc/ops.cpp).
 
 The device of the logits decides whether the kernels of csrc/cpu/ (backend "cpp") or of csrc/cuda/ (backend "cuda") run.
 Relies on the extension that `_build` loads; `backends.choose` hands it out.
@@ -7,46 +7,44 @@ Relies on the extension that `_build` loads; `backends.choose` hands it out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .. import reference_op  # noqa: F401  (registers what csrc/ops.cpp calls)
-from ..spec import LossSpec, LossStats, check_tensors
+from ..spec import LossSpec, LossStats, SpecCodes, check_tensors
+
+# (logits, y, weight, tau, codes, return_stats) -> the loss; with return_stats a pair of it and statistics, (3, ...)
+Function: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | float", SpecCodes, bool], Any]
 
 
-def softmax_loss(
-    logits: Tensor,
-    y: Tensor,
-    tau: Tensor | float,
-    weight: Tensor | None,
-    spec: LossSpec,
-    return_stats: bool = False,
-    operator: Callable[..., tuple[Tensor, Tensor]] | None = None,
-) -> tuple[Tensor, LossStats | None]:
-    """The loss that `spec` names, and per-row statistics if asked for. Tests name another `operator`."""
-    if operator is None:
-        operator = torch.ops.drsl_kernels.softmax_loss.default
-    tau_tensor, tau_value = (tau, 0.0) if isinstance(tau, Tensor) else (None, tau)
-    try:
-        loss, stats = operator(
-            logits,
-            y,
-            weight,
-            tau_tensor,
-            tau_value,
-            *spec.codes,
-            return_stats,
-        )
-    except (RuntimeError, ValueError, IndexError, TypeError):
-        # The operator only detects; the words, with argument and value, are in one place.
-        if not spec.soft:  # of class probabilities only the parts arrive here; they are checked before
-            check_tensors(logits, y, tau, weight, spec)
-        raise
-    if not return_stats:
-        return loss, None
-    cross_entropy, distance, margin = stats.unbind(0)
-    return loss, LossStats(cross_entropy, distance, margin, margin > 0)
+def backend(function: Function) -> Callable[..., tuple[Tensor, LossStats | None]]:
+    """A backend that calls `function`: that of the extension, or in a test one that does the same."""
+
+    def softmax_loss(
+        logits: Tensor,
+        y: Tensor,
+        tau: Tensor | float,
+        weight: Tensor | None,
+        spec: LossSpec,
+        return_stats: bool = False,
+    ) -> tuple[Tensor, LossStats | None]:
+        """The loss that `spec` names, and per-row statistics if asked for."""
+        try:
+            result = function(logits, y, weight, tau, spec.codes, return_stats)
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            # The function only detects; the words, with argument and value, are in one place.
+            if not spec.soft:  # of class probabilities only the parts arrive here; they are checked before
+                check_tensors(logits, y, tau, weight, spec)
+            raise
+        if not return_stats:
+            return result, None
+        loss, stats = result
+        cross_entropy, distance, margin = stats.unbind(0)
+        return loss, LossStats(cross_entropy, distance, margin, margin > 0)
+
+    return softmax_loss
 
 
 def capability() -> str:

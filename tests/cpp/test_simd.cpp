@@ -116,6 +116,8 @@ void test_functions(int64_t count) {
   // From the argument whose exponential is the smallest normal number up to the largest allowed one.
   const S first = std::nextafter(S(K::kSmallestNormalLog), S(0));
   test_function<S>("exp", grid<S>(first, K::kHighest, count), exp, [](W x) { return std::exp(x); }, 1.1);
+  const auto exp_of_fall = [](auto x) { return drsl::exp_of_fall(x); };
+  test_function<S>("exp_of_fall", grid<S>(first, S(0), count), exp_of_fall, [](W x) { return std::exp(x); }, 1.1);
   test_function<S>("expm1", grid<S>(-40, S(-1e-30), count), expm1, [](W x) { return std::expm1(x); }, 1.9);
   test_function<S>("log", positive_numbers<S>(count), log, [](W x) { return std::log(x); }, 1.1);
   test_function<S>("log1p", grid<S>(S(-0.5), S(1), count), log1p, [](W x) { return std::log1p(x); }, 1.5);
@@ -123,10 +125,10 @@ void test_functions(int64_t count) {
 
 // One argument in one lane, something else in the others.
 template <class S, class Function>
-S at(Function function, S x) {
+S at(Function function, S x, S other = S(0.25)) {
   S result = 0;
   for (int lane = 0; lane < Vec<S>::kLanes; ++lane) {
-    Vec<S> v(S(0.25));
+    Vec<S> v(other);
     v.v[lane] = x;
     const S here = function(v).v[lane];
     CHECK(lane == 0 || std::isnan(here) || here == result, "lane %d differs from lane 0", lane);
@@ -135,14 +137,23 @@ S at(Function function, S x) {
   return result;
 }
 
+template <class S, class Function>
+S at_negative(Function function, S x) {
+  return at<S>(function, x, S(-0.25));
+}
+
 template <class S>
 void test_specials() {
   const S inf = std::numeric_limits<S>::infinity(), nan = std::numeric_limits<S>::quiet_NaN();
   const auto exp = [](Vec<S> x) { return exp_(x); };
+  const auto exp_of_fall = [](Vec<S> x) { return drsl::exp_of_fall(x); };
   CHECK(at<S>(exp, -inf) == 0 && !std::signbit(at<S>(exp, -inf)));
   CHECK(at<S>(exp, S(-1e30)) == 0);
   CHECK(at<S>(exp, -std::numeric_limits<S>::max()) == 0);
   CHECK(at<S>(exp, S(0)) == 1 && at<S>(exp, -S(0)) == 1);
+  for (const S x : {-inf, -std::numeric_limits<S>::max(), S(-1e30), S(-1e6), 2 * Tables<S>::kLowest, -S(0), S(0)}) {
+    CHECK(at_negative<S>(exp_of_fall, x) == at<S>(exp, x), "exp_of_fall(%g)", double(x));
+  }
   CHECK(std::isnan(at<S>(exp, nan)));
   CHECK(std::isnan(at<S>(exp, -nan)));
 
@@ -151,6 +162,8 @@ void test_specials() {
   for (S x = Tables<S>::kSmallestNormalLog; x > 2 * Tables<S>::kLowest; x -= S(0.037)) {
     const S got = at<S>(exp, x), want = S(std::exp(Wider<S>(x)));
     CHECK(got == 0 || std::fabs(got - want) <= step, "exp(%.9g) = %g, not %g", double(x), double(got), double(want));
+    const S fall = at_negative<S>(exp_of_fall, x);
+    CHECK(fall == 0 || std::fabs(fall - want) <= step, "exp_of_fall(%.9g) = %g", double(x), double(fall));
   }
 
   const auto expm1 = [](Vec<S> x) { return expm1_(x); };
