@@ -50,8 +50,9 @@ cpp-test: $(INSTALLED) ## C++ tests, plain and under AddressSanitizer and Undefi
 docs: $(INSTALLED) ## Build the documentation into build/docs/
 	$(BIN)/python -m sphinx -q -W --keep-going docs build/docs
 
-bench: $(INSTALLED) ## Speed against F.cross_entropy, by pytest-benchmark
+bench: $(INSTALLED) ## Speed against F.cross_entropy: pytest-benchmark, then ratios and whether the targets are met
 	$(BIN)/python -m pytest benchmarks
+	$(BIN)/python benchmarks/ratios.py
 
 clean: ## Remove everything that was built, and .venv/
 	rm -rf $(VENV) build dist *.egg-info drsl_kernels/_C*.so drsl_kernels/_build_info.json

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from random import Random
 
 
 @dataclass(frozen=True)
@@ -25,22 +26,24 @@ class Timing:
 def interleave(
     contenders: dict[str, Callable[[], object]], *, seconds: float, least_rounds: int = 15
 ) -> dict[str, Timing]:
-    """Time each contender once per round, in rotating order, until `seconds` have passed.
+    """Time each contender once per round, until `seconds` have passed.
 
+    Each round has an order of its own: what a contender leaves in the caches and in the allocator, it leaves to all.
     A sample is the mean of as many calls as fill about half a millisecond, so that the clock's step and the
     loop's own cost do not count.
     """
     calls = {name: _calls_per_sample(run) for name, run in contenders.items()}
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
+    random = Random(0)
     end = time.perf_counter() + seconds
     round_number = 0
     gc.collect()
     gc.disable()
     try:
         while round_number < least_rounds or time.perf_counter() < end:
-            start = round_number % len(names)
-            for name in names[start:] + names[:start]:
+            random.shuffle(names)
+            for name in names:
                 samples[name].append(_sample(contenders[name], calls[name]))
             round_number += 1
     finally:

@@ -1,8 +1,7 @@
-"""Fill the README's tables from the committed results: `python benchmarks/readme.py`, `--check` to compare only.
+"""Fill the README's tables, and draw its pictures, from the committed results: `python benchmarks/readme.py`.
 
-A table stands between `<!-- NAME -->` and `<!-- end NAME -->`. Relies on benchmarks/results/; a test runs --check,
-so a number in a table cannot differ from the result that it comes from.
-"""
+With `--check` it compares only. A table stands between `<!-- NAME -->` and `<!-- end NAME -->`. Relies on
+benchmarks/results/; a test runs --check, so a number in a table cannot differ from the result that it comes from."""
 
 from __future__ import annotations
 
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+from pictures import draw
+from targets import Target, targets
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -21,18 +22,19 @@ RESULTS = ROOT / "benchmarks" / "results"
 @click.command()
 @click.option("--check", is_flag=True, help="Change nothing; fail if the README is not up to date.")
 def main(check: bool) -> None:
-    """Write the tables of README.md from benchmarks/results/."""
+    """Write the tables and pictures of README.md from benchmarks/results/."""
     path = ROOT / "README.md"
     old = path.read_text()
     new = filled(old)
     if check:
         sys.exit("README.md differs from the results: run python benchmarks/readme.py" if new != old else 0)
     path.write_text(new)
+    draw(json.loads((RESULTS / "cpu_scaling.json").read_text()), RESULTS)
 
 
 def filled(text: str) -> str:
     """The README with every table made anew."""
-    for name, table in {"demo": demo_table(), "ratios": ratio_table()}.items():
+    for name, table in {"demo": demo_table(), "ratios": ratio_table(), "targets": target_table()}.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         text, count = pattern.subn(lambda match, table=table: match[1] + table + match[2], text)  # type: ignore[misc]
         if count != 1:
@@ -55,29 +57,52 @@ def demo_table() -> str:
 
 
 def ratio_table() -> str:
-    """Time of forward + backward, and of the loss alone, over that of F.cross_entropy."""
+    """Time over that of F.cross_entropy: forward + backward, and of ours the loss alone."""
     result = json.loads((RESULTS / "cpu_ratios.json").read_text())
-    rows = result["rows"]
-    by_work: dict[str, dict[tuple[int, int], Any]] = {}
-    for row in rows:
-        by_work.setdefault(row["work"], {})[row["rows"], row["classes"]] = row
-    heads = ["logits", "`F.cross_entropy`", "`uniform`", "`non_target_logits`", "`uniform`, loss alone"]
+    found = {(r["work"], r["dtype"], r["isa"], r["rows"], r["classes"]): _medians(r) for r in result["rows"]}
+    others = {
+        "`compiled F.cross_entropy`": "compiled F.cross_entropy",
+        "DRSL, compiled": "compiled reference",
+        "DRSL, eager": "reference",
+        "`clone`": "clone",
+    }
+    heads = ["logits", "`F.cross_entropy`", "`uniform`", "`non_target_logits`", *others, "`uniform`, loss alone"]
     lines = [_row(heads), _row(["---", *["---:"] * (len(heads) - 1)])]
-    for shape, row in by_work["forward+backward"].items():
-        alone = by_work["no_grad"][shape]
-        lines.append(
-            _row(
-                [
-                    f"{shape[0]}x{shape[1]}",
-                    f"{row['seconds']['F.cross_entropy']['median'] * 1e6:,.0f} us",
-                    f"{row['ratio']['uniform']:.2f}",
-                    f"{row['ratio']['non_target_logits']:.2f}",
-                    f"{alone['ratio']['uniform']:.2f}",
-                ]
-            )
-        )
+    for work, dtype, isa, n, classes in found:
+        if (work, dtype, isa) != ("forward+backward", "float32", "best"):
+            continue
+        row, alone = found[work, dtype, isa, n, classes], found["no_grad", dtype, isa, n, classes]
+        base = row["F.cross_entropy"]
+        cells = [f"{row[name] / base:.2f}" if name in row else "" for name in ("uniform", "non_target_logits")]
+        cells += [f"{row[name] / base:.2f}" if name in row else "" for name in others.values()]
+        alone_ratio = f"{alone['uniform'] / alone['F.cross_entropy']:.2f}"
+        lines.append(_row([f"{n}x{classes}", f"{base * 1e6:,.0f} us", *cells, alone_ratio]))
     where = f"{result['processor']}, {result['threads']} threads, torch {result['torch']}, {result['date'][:10]}"
     return "\n".join(lines) + f"\n\n{where}, commit {result['commit']}.\n"
+
+
+def target_table() -> str:
+    """Each speed target with what was measured."""
+    result = json.loads((RESULTS / "cpu_ratios.json").read_text())
+    kinds: dict[str, list[Target]] = {}
+    for target in targets(result["rows"]):
+        kinds.setdefault(target.what, []).append(target)
+    lines = [
+        _row(["`uniform`, time or memory", "measured, of what was allowed, by shape of the logits"]),
+        _row(["---", "---"]),
+    ]
+    for what, some in kinds.items():
+        lines.append(_row([what, "; ".join(map(_target, some))]))
+    return "\n".join(lines) + "\n"
+
+
+def _target(target: Target) -> str:
+    rows, classes = target.shape
+    return f"{rows}x{classes}: {target.measured:.2f} of {target.allowed:g}{'' if target.met else ' **missed**'}"
+
+
+def _medians(row: dict[str, Any]) -> dict[str, float]:
+    return {name: timing["median"] for name, timing in row["seconds"].items()}
 
 
 def _row(cells: list[str]) -> str:

@@ -18,8 +18,8 @@ from drsl_kernels import fused_drsl_loss, softmax_loss
 
 INF, NAN = math.inf, math.nan
 
-# The kernels differ below and above 128 or, with AVX-512, 192 classes (tiles, row sweep).
-SIZES = pytest.mark.parametrize("classes", [5, 40, 200], ids=["C=5", "C=40", "C=200"])
+# The kernels differ below and above 320 classes (tiles, row sweep).
+SIZES = pytest.mark.parametrize("classes", [5, 40, 350], ids=["C=5", "C=40", "C=350"])
 MEMBERS = pytest.mark.parametrize(("truth", "distance"), PAIRS, ids=PAIR_IDS)
 FLOATS = pytest.mark.parametrize("dtype", DTYPES)
 

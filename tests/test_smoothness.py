@@ -15,7 +15,7 @@ COUNTER = Path(__file__).parents[1] / "build" / "extension" / "tests" / "cpp" / 
 ROWS = 16  # one block of the widest kernels
 # Where a vector is full, a kernel takes over from the other, or a chunk ends. Stepping is slow: benchmarks/scaling.py
 # counts all numbers of classes from 2 to 300.
-NEIGHBOURS = (8, 9, 10, 15, 16, 17, 32, 33, 48, 49, 128, 129, 192, 193, 256, 257)
+NEIGHBOURS = (8, 9, 10, 15, 16, 17, 32, 33, 48, 49, 128, 129, 256, 257, 320, 321)
 AROUND_POWERS = (511, 512, 513, 1023, 1024, 1025, 4095, 4096, 4097, 8191, 8192, 8193)
 
 pytestmark = [
@@ -42,14 +42,14 @@ def test_neighbours(isa: str) -> None:
     assert tuple(count) == NEIGHBOURS
     for c in NEIGHBOURS:
         if c - 1 in count:
-            assert 0.8 * count[c - 1] <= count[c] <= 1.15 * count[c - 1] + 25, c
+            assert 0.8 * count[c - 1] <= count[c] <= 1.2 * count[c - 1] + 25, c
 
 
 def test_around_powers_of_two() -> None:
     count = instructions("avx512", 1, AROUND_POWERS)
     for c in AROUND_POWERS:
         if c - 1 in count:
-            assert abs(count[c] - count[c - 1]) <= 0.05 * count[c - 1] + 100, c
+            assert abs(count[c] - count[c - 1]) <= 0.05 * count[c - 1] + 200, c
 
 
 def test_linear() -> None:

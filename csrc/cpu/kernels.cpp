@@ -12,8 +12,8 @@ inline namespace DRSL_ISA {
 namespace {
 
 // Rows of at most this many adjacent classes go through tiles: a transpose costs less than the reductions and the ragged
-// end of each row. Measured with 130 to 512 classes.
-constexpr int64_t kTileClasses = kVectorBytes == 64 ? 192 : 128;
+// end of each row. Measured with 130 to 512 classes, AVX2 and AVX-512.
+constexpr int64_t kTileClasses = 320;
 
 bool use_tiles(const Task& t) {
   return t.classes <= kTileClasses || t.layout.logits_class_stride != 1 || (t.grad && t.layout.grad_class_stride != 1);

@@ -267,7 +267,7 @@ DRSL_PASS void top_of_masked(const S* kept, int64_t vectors, int lane, ChunkTops
 
 // Pass 1 over classes at .. at + width - 1.
 template <class D, class S = Accumulator<D>>
-DRSL_FN ChunkTops<S> take_chunks(const Call<D>& call, const Block<D>& block, int64_t at, int64_t width, S* kept) {
+DRSL_PASS ChunkTops<S> take_chunks(const Call<D>& call, const Block<D>& block, int64_t at, int64_t width, S* kept) {
   constexpr int kLanes = Vec<S>::kLanes;
   Vec<S> max[kLanes], sum[kLanes];
   S count[kLanes] = {};
@@ -293,8 +293,8 @@ DRSL_FN ChunkTops<S> take_chunks(const Call<D>& call, const Block<D>& block, int
 
 // Pass 2 over the copies of pass 1. A NaN in a row, which need not show in its exponentials, shows in its mean.
 template <class Terms, bool kGrad, class D, class S = Accumulator<D>>
-DRSL_FN RowStats<Vec<S>> sum_chunks(const Call<D>& call, const Block<D>& block, const ChunkTops<S>& tops, int64_t at,
-                                    int64_t width, S* kept) {
+DRSL_PASS RowStats<Vec<S>> sum_chunks(const Call<D>& call, const Block<D>& block, const ChunkTops<S>& tops, int64_t at,
+                                      int64_t width, S* kept) {
   constexpr int kLanes = Vec<S>::kLanes;
   const Vec<S> zero(S(0)), shift = select(tops.max == -infinity<Vec<S>>(), zero, tops.max);
   Vec<S> exps[kLanes], exps2[kLanes], steps[kLanes], squares[kLanes];

@@ -1,6 +1,7 @@
 // Rows with few classes, or with classes that are not adjacent in memory: a tile of kLanes rows at a time, one
 // row per lane, held class by class in scratch. Vectors then run across rows, so ten classes cost ten vectors
-// for sixteen rows, and no step reduces across lanes. Relies on call.h; kernels.cpp relies on it.
+// for sixteen rows, and no step reduces across lanes. Pass 1 reads the tile, pass 2 turns it into exponentials and sums
+// them, pass 3 writes the gradient. Relies on call.h; kernels.cpp relies on it.
 #pragma once
 
 #include "call.h"
@@ -29,12 +30,16 @@ DRSL_FN void sweep_squares(int64_t classes, Visit visit) {
   if (classes % kLanes) visit(classes - kLanes, kLanes);
 }
 
-// Memory -> scratch: tile[c * kLanes + lane] = logit of class c in row `lane`; 0 in lanes from n on.
-template <class D, class S = Accumulator<D>>
-DRSL_PASS void load_tile(const D* base, const int64_t* offsets, int64_t n, int64_t classes, int64_t stride, S* tile) {
+// ---------------------------------------------------------------------------------------------------------
+// Between memory and vectors across rows
+
+// take(c, v) for every class c once: v has the class's elements of rows 0 .. n - 1 in its lanes, 0 in lanes from n on.
+template <class D, class Take, class S = Accumulator<D>>
+DRSL_FN void read_tile(const D* base, const int64_t* offsets, int64_t n, int64_t classes, int64_t stride, Take take) {
   constexpr int kLanes = Vec<S>::kLanes;
   switch (tile_shape<S>(offsets, n, stride)) {
-    case TileShape::adjacent_classes:
+    case TileShape::adjacent_classes: {
+      int64_t taken = 0;
       sweep_squares<S>(classes, [&](int64_t c, int64_t width) {
         Vec<S> square[kLanes];
         const auto row = [&](int i) { return base + offsets[i] + c; };
@@ -46,84 +51,53 @@ DRSL_PASS void load_tile(const D* base, const int64_t* offsets, int64_t n, int64
           for (int i = 0; i < kLanes; ++i) square[i] = load(row(i));
         }
         transpose(square);
-        for (int j = 0; j < width; ++j) store(tile + (c + j) * kLanes, square[j]);
+        for (int64_t j = taken - c; j < width; ++j) take(c + j, square[j]);
+        taken = c + width;
       });
       return;
+    }
     case TileShape::adjacent_rows:
-      for (int64_t c = 0; c < classes; ++c) store(tile + c * kLanes, load(base + offsets[0] + c * stride));
+      for (int64_t c = 0; c < classes; ++c) take(c, load(base + offsets[0] + c * stride));
       return;
     case TileShape::scattered:
       for (int64_t c = 0; c < classes; ++c) {
-        for (int i = 0; i < kLanes; ++i) {
-          tile[c * kLanes + i] = i < n ? load_one(base + offsets[i] + c * stride) : S(0);
-        }
+        S lanes[kLanes] = {};
+        for (int i = 0; i < n; ++i) lanes[i] = load_one(base + offsets[i] + c * stride);
+        take(c, load(static_cast<const S*>(lanes)));
       }
   }
 }
 
-// Scratch -> memory, the way back.
-template <class D, class S = Accumulator<D>>
-DRSL_PASS void store_tile(D* base, const int64_t* offsets, int64_t n, int64_t classes, int64_t stride, const S* tile) {
+// The way back: give(c) is the vector of class c. It may be asked for a class twice.
+template <class D, class Give, class S = Accumulator<D>>
+DRSL_FN void write_tile(D* base, const int64_t* offsets, int64_t n, int64_t classes, int64_t stride, Give give) {
   constexpr int kLanes = Vec<S>::kLanes;
   switch (tile_shape<S>(offsets, n, stride)) {
     case TileShape::adjacent_classes:
       sweep_squares<S>(classes, [&](int64_t c, int64_t width) {
         Vec<S> square[kLanes];
         const auto row = [&](int i) { return base + offsets[i] + c; };
-        for (int j = 0; j < kLanes; ++j) square[j] = j < width ? load(tile + (c + j) * kLanes) : Vec<S>(S(0));
-        transpose(square);
         if (width < kLanes) {
+          for (int j = 0; j < kLanes; ++j) square[j] = j < width ? give(c + j) : Vec<S>(S(0));
+          transpose(square);
           for (int i = 0; i < n; ++i) store_first(row(i), square[i], width);
         } else {
+          for (int j = 0; j < kLanes; ++j) square[j] = give(c + j);
+          transpose(square);
           for (int i = 0; i < n; ++i) store(row(i), square[i]);
         }
       });
       return;
     case TileShape::adjacent_rows:
-      for (int64_t c = 0; c < classes; ++c) store(base + offsets[0] + c * stride, load(tile + c * kLanes));
+      for (int64_t c = 0; c < classes; ++c) store(base + offsets[0] + c * stride, give(c));
       return;
     case TileShape::scattered:
       for (int64_t c = 0; c < classes; ++c) {
-        for (int i = 0; i < n; ++i) store_one(base + offsets[i] + c * stride, tile[c * kLanes + i]);
+        S lanes[kLanes];
+        store(static_cast<S*>(lanes), give(c));
+        for (int i = 0; i < n; ++i) store_one(base + offsets[i] + c * stride, lanes[i]);
       }
   }
-}
-
-// What pass 1 finds in a tile. Afterwards the tile holds -inf in place of each row's label.
-template <class S>
-struct TileTop {
-  Vec<S> max, mean, count, label_logit;
-};
-
-template <class S>
-DRSL_FN TileTop<S> top_of_tile(S* tile, int64_t classes, Mask<S> (*is_label)(int64_t, typename Vec<S>::Bits),
-                               typename Vec<S>::Bits labels) {
-  constexpr int kLanes = Vec<S>::kLanes;
-  const Vec<S> lowest = -infinity<Vec<S>>(), zero(S(0)), one(S(1));
-  const S others = S(classes > 2 ? classes - 1 : 1);
-  const Vec<S> share(S(1) / others);
-  Vec<S> max = lowest, mean = zero, label_logit = zero;  // a sum of shares z_k / n cannot overflow
-  for (int64_t c = 0; c < classes; ++c) {
-    const Vec<S> v = load(static_cast<const S*>(tile) + c * kLanes);
-    const Mask<S> is = is_label(c, labels);
-    label_logit = select(is, v, label_logit);
-    mean = mean + select(is, zero, v) * share;
-    const Vec<S> rest = select(is, lowest, v);
-    max = max_(max, rest);
-    store(tile + c * kLanes, rest);
-  }
-  Vec<S> count(S(classes - 1));
-  if (any(Mask<S>{~(mean > lowest).v})) {  // a class at -inf, or NaN
-    mean = count = zero;
-    for (int64_t c = 0; c < classes; ++c) {
-      const Vec<S> v = load(static_cast<const S*>(tile) + c * kLanes);
-      const Mask<S> present = v != lowest;
-      mean = mean + select(present, v, zero) * share;
-      count = count + select(present, one, zero);
-    }
-    mean = mean * (Vec<S>(others) / select(count > one, count, one));
-  }
-  return {max, mean, count, label_logit};
 }
 
 // Lines to fetch, a class at a time: of the tile that is next, and of this tile's gradient.
@@ -143,27 +117,71 @@ DRSL_FN TileLines tile_lines(const Call<D>& call, int64_t n, const int64_t* offs
           step(layout.grad_class_stride)};
 }
 
-// From a tile of logits to losses and, with kGrad, a tile of gradients in `exps`. The tile of logits is changed.
-// `weights` is the tile of class probabilities; read where the call is soft.
-template <class Terms, bool kGrad, class S>
-DRSL_PASS void finish_tile(const CallInfo<S>& call, int64_t first, int64_t n, S* logits, S* exps, const S* weights,
-                           const TileLines& lines, LossSum<S>& sum) {
+// ---------------------------------------------------------------------------------------------------------
+// Passes over a tile
+
+template <class S>
+DRSL_FN Mask<S> is_label(const BlockLabels<S>& labels, int64_t c) {
+  return {labels.number == static_cast<typename Vec<S>::Int>(c)};
+}
+
+template <class S>
+struct TileTop {
+  Vec<S> max, mean, count, label_logit;
+};
+
+// Pass 1: M, a rounded mu, n and z_y of each row. The tile holds the logits, with -inf in place of each row's label.
+template <class D, class S = Accumulator<D>>
+DRSL_PASS TileTop<S> take_tile(const Call<D>& call, const int64_t* offsets, int64_t n, const BlockLabels<S>& labels,
+                               S* tile) {
   constexpr int kLanes = Vec<S>::kLanes;
-  using Bits = typename Vec<S>::Bits;
-  using Int = typename Vec<S>::Int;
   const int64_t classes = call.task.classes;
-  const bool soft = call.task.soft;
+  const Vec<S> lowest = -infinity<Vec<S>>(), zero(S(0)), one(S(1));
+  Vec<S> max = lowest, sum = zero, label_logit = zero;
+  read_tile(call.logits, offsets, n, classes, call.task.layout.logits_class_stride, [&](int64_t c, Vec<S> v) {
+    const Mask<S> is = is_label(labels, c);
+    label_logit = select(is, v, label_logit);
+    sum = sum + select(is, zero, v);
+    const Vec<S> rest = select(is, lowest, v);
+    max = max_(max, rest);
+    store(tile + c * kLanes, rest);
+  });
+  const S others = S(classes > 2 ? classes - 1 : 1);
+  const Vec<S> share(S(1) / others);
+  Vec<S> mean = sum * share, count(S(classes - 1));
+  const Mask<S> odd{~(abs_(sum) < infinity<Vec<S>>()).v};  // a class at -inf, an overflow, or NaN
+  if (any(odd)) {
+    Vec<S> shares = zero, found = zero;  // a sum of shares z_k / n cannot overflow
+    for (int64_t c = 0; c < classes; ++c) {
+      const Vec<S> v = load(static_cast<const S*>(tile) + c * kLanes);
+      const Mask<S> present = v != lowest;
+      shares = shares + select(present, v, zero) * share;
+      found = found + select(present, one, zero);
+    }
+    mean = select(odd, shares * (Vec<S>(others) / select(found > one, found, one)), mean);
+    count = select(odd, found, count);
+  }
+  return {max, mean, count, label_logit};
+}
+
+// Class weights by class: of the call, or of a tile of class probabilities.
+template <class S>
+DRSL_FN Vec<S> weight_of(const CallInfo<S>& call, const S* tile, int64_t c) {
+  return call.task.soft ? load(tile + c * Vec<S>::kLanes) : Vec<S>(call.class_weights[c]);
+}
+
+// Pass 2: losses, outputs and gradient coefficients; with kGrad the exponentials, for pass 3.
+template <class Terms, bool kGrad, class S>
+DRSL_PASS BlockGrad<S> finish_tile(const CallInfo<S>& call, int64_t first, int64_t n, const BlockLabels<S>& labels,
+                                   const TileTop<S>& top, const S* logits, S* exps, const S* weights,
+                                   const TileLines& lines, LossSum<S>& sum) {
+  constexpr int kLanes = Vec<S>::kLanes;
+  const int64_t classes = call.task.classes;
   const Vec<S> lowest = -infinity<Vec<S>>(), zero(S(0));
-  const BlockLabels<S> labels = block_labels<S>(call, first, n);
-  const auto is_label = [](int64_t c, Bits y) { return Mask<S>{y == static_cast<Int>(c)}; };
-  const auto weight_of = [&](int64_t c) { return soft ? load(weights + c * kLanes) : Vec<S>(call.class_weights[c]); };
-
-  const TileTop<S> top = top_of_tile<S>(logits, classes, is_label, labels.number);
-
   const Vec<S> shift = select(top.max == lowest, zero, top.max);
   Vec<S> sum_exp = zero, sum_exp2 = zero, steps = zero, squares = zero, weight = zero, weighted_depth = zero;
   for (int64_t c = 0; c < classes; ++c) {
-    const Vec<S> v = load(static_cast<const S*>(logits) + c * kLanes);
+    const Vec<S> v = load(logits + c * kLanes);
     const Vec<S> e = exp_of_fall(v - shift);
     prefetch(lines.next + c * lines.next_step);
     if constexpr (kGrad) prefetch_to_write(lines.grad + c * lines.grad_step);
@@ -175,8 +193,8 @@ DRSL_PASS void finish_tile(const CallInfo<S>& call, int64_t first, int64_t n, S*
       steps = steps + step;
       squares = squares + step * step;
       if constexpr (Terms::kWeightedMean) {
-        const Vec<S> u = weight_of(c);
-        const WeightedShare<S> adds = weighted_share(select(is_label(c, labels.number), zero, u), v, top.max, soft);
+        const Vec<S> u = select(is_label(labels, c), zero, weight_of(call, weights, c));
+        const WeightedShare<S> adds = weighted_share(u, v, top.max, call.task.soft);
         weight = weight + adds.weight;
         weighted_depth = weighted_depth + adds.depth;
       }
@@ -193,55 +211,54 @@ DRSL_PASS void finish_tile(const CallInfo<S>& call, int64_t first, int64_t n, S*
     weight = top.count;
     weighted_depth = moments.depth;
   }
-  const BlockGrad<S> block =
-      finish_block<S>(call, first, n, labels, stats, top.label_logit, weight, weighted_depth, sum);
-
-  if constexpr (kGrad) {
-    for (int64_t c = 0; c < classes; ++c) {
-      const Vec<S> e = load(static_cast<const S*>(exps) + c * kLanes);
-      Vec<S> g = e * block.a;
-      if constexpr (Terms::kSquares) g = e * (block.a + block.b * e);
-      if constexpr (Terms::kMoments) {
-        const Vec<S> v = load(static_cast<const S*>(logits) + c * kLanes);
-        Vec<S> step = block.c * (v - block.max) + block.offset;
-        if constexpr (Terms::kWeightedMean) step = step - block.smooth * weight_of(c);
-        g = g + select(v != lowest, step, zero);
-      }
-      store(exps + c * kLanes, select(is_label(c, labels.number), block.label, g));
-    }
-    if (any(Mask<S>{~labels.valid.v})) {
-      // An ignored row may hold NaN; its gradient is 0 all the same.
-      for (int i = 0; i < n; ++i) {
-        if (!call.ignored(first + i)) continue;
-        for (int64_t c = 0; c < classes; ++c) exps[c * kLanes + i] = S(0);
-      }
-    }
-  }
+  return finish_block<S>(call, first, n, labels, stats, top.label_logit, weight, weighted_depth, sum);
 }
 
-// Rows first .. first + n - 1, n <= kLanes. Scratch holds two tiles: logits, and exponentials that turn into the
-// gradient; and a third of class probabilities, where the call is soft.
+// Pass 3. An ignored row may hold NaN; its gradient is 0 all the same.
+template <class Terms, class D, class S = Accumulator<D>>
+DRSL_PASS void write_tile_gradient(const Call<D>& call, const int64_t* grad_offsets, int64_t n,
+                                   const BlockLabels<S>& labels, const BlockGrad<S>& block, const S* logits,
+                                   const S* exps, const S* weights) {
+  constexpr int kLanes = Vec<S>::kLanes;
+  const Vec<S> lowest = -infinity<Vec<S>>(), zero(S(0));
+  const Task& t = call.task;
+  write_tile(call.grad, grad_offsets, n, t.classes, t.layout.grad_class_stride, [&](int64_t c) {
+    const Vec<S> e = load(exps + c * kLanes);
+    Vec<S> g = e * block.a;
+    if constexpr (Terms::kSquares) g = e * (block.a + block.b * e);
+    if constexpr (Terms::kMoments) {
+      const Vec<S> v = load(logits + c * kLanes);
+      Vec<S> step = block.c * (v - block.max) + block.offset;
+      if constexpr (Terms::kWeightedMean) step = step - block.smooth * weight_of<S>(call, weights, c);
+      g = g + select(v != lowest, step, zero);
+    }
+    return select(labels.valid, select(is_label(labels, c), block.label, g), zero);
+  });
+}
+
+// Rows first .. first + n - 1, n <= kLanes. Scratch holds two tiles: logits and exponentials; and a third of class
+// probabilities, where the call is soft.
 template <class Terms, bool kGrad, class D, class S = Accumulator<D>>
 DRSL_FN void tile_block(const Call<D>& call, int64_t first, int64_t n, S* scratch, LossSum<S>& sum) {
   constexpr int kLanes = Vec<S>::kLanes;
   const Task& t = call.task;
-  S* const logits = scratch;
-  S* const exps = scratch + t.classes * kLanes;
+  S *const logits = scratch, *const exps = logits + t.classes * kLanes, *const weights = exps + t.classes * kLanes;
   int64_t offsets[kLanes], grad_offsets[kLanes];
   row_offsets(t.layout, first, n, offsets, grad_offsets);
-  load_tile(call.logits, offsets, n, t.classes, t.layout.logits_class_stride, logits);
-  S* const weights = exps + t.classes * kLanes;
   if constexpr (Terms::kWeightedMean) {
     if (t.soft) {
       int64_t rows[kLanes];
       for (int i = 0; i < n; ++i) rows[i] = i * t.classes;
-      load_tile<S>(call.weights_of_row(first), rows, n, t.classes, 1, weights);
+      read_tile(call.weights_of_row(first), rows, n, t.classes, 1,
+                [&](int64_t c, Vec<S> u) { store(weights + c * kLanes, u); });
     }
   }
-  finish_tile<Terms, kGrad, S>(call, first, n, logits, exps, weights, tile_lines(call, n, offsets, grad_offsets), sum);
-  if constexpr (kGrad) {
-    store_tile(call.grad, grad_offsets, n, t.classes, t.layout.grad_class_stride, static_cast<const S*>(exps));
-  }
+  const BlockLabels<S> labels = block_labels<S>(call, first, n);
+  const TileTop<S> top = take_tile(call, offsets, n, labels, logits);
+  const TileLines lines = tile_lines(call, n, offsets, grad_offsets);
+  const BlockGrad<S> block =
+      finish_tile<Terms, kGrad, S>(call, first, n, labels, top, logits, exps, weights, lines, sum);
+  if constexpr (kGrad) write_tile_gradient<Terms>(call, grad_offsets, n, labels, block, logits, exps, weights);
 }
 
 }  // namespace DRSL_ISA
