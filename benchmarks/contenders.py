@@ -82,6 +82,9 @@ def contenders(
         "no_grad": lambda loss: lambda: _evaluate(loss, logits, y),
     }
     runs = {name: kinds[work](loss) for name, loss in losses(compiled).items()}
+    if work == "forward+backward" and dtype == torch.float32:
+        half = logits.detach().bfloat16().requires_grad_()
+        runs["uniform bfloat16"] = lambda: backward(losses()["uniform"], half, y)
     runs[FLOOR] = logits.detach().clone
     return runs
 

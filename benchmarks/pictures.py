@@ -1,4 +1,4 @@
-"""Pictures of a result of scaling.py: `python benchmarks/pictures.py`. Relies on matplotlib; `readme` calls it."""
+"""Pictures of a result of scaling.py: `python benchmarks/pictures.py`. Relies on matplotlib."""
 
 from __future__ import annotations
 

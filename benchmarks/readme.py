@@ -1,4 +1,4 @@
-"""Fill the README's tables, and draw its pictures, from the committed results: `python benchmarks/readme.py`.
+"""Fill the README's tables from the committed results: `python benchmarks/readme.py`.
 
 With `--check` it compares only. A table stands between `<!-- NAME -->` and `<!-- end NAME -->`. Relies on
 benchmarks/results/; a test runs --check, so a number in a table cannot differ from the result that it comes from."""
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from pictures import draw
 from targets import Target, targets
 
 ROOT = Path(__file__).parents[1]
@@ -22,14 +21,13 @@ RESULTS = ROOT / "benchmarks" / "results"
 @click.command()
 @click.option("--check", is_flag=True, help="Change nothing; fail if the README is not up to date.")
 def main(check: bool) -> None:
-    """Write the tables and pictures of README.md from benchmarks/results/."""
+    """Write the tables of README.md from benchmarks/results/."""
     path = ROOT / "README.md"
     old = path.read_text()
     new = filled(old)
     if check:
         sys.exit("README.md differs from the results: run python benchmarks/readme.py" if new != old else 0)
     path.write_text(new)
-    draw(json.loads((RESULTS / "cpu_scaling.json").read_text()), RESULTS)
 
 
 def filled(text: str) -> str:

@@ -61,7 +61,7 @@ def point(sweep: str, rows: int, classes: int, threads: int, names: tuple[str, .
 def instructions(classes: list[int]) -> dict[str, dict[int, float]]:
     """Instructions per row, by instruction set and number of classes; empty without the counter."""
     found: dict[str, dict[int, float]] = {}
-    for isa in ("avx512", "avx2") if COUNTER.is_file() else ():
+    for isa in ("avx512",) if COUNTER.is_file() else ():
         command = [str(COUNTER), isa, str(COUNTED_ROWS), *map(str, classes)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         lines = [line.split() for line in done.stdout.splitlines()]
