@@ -189,8 +189,12 @@ double weight_of_labels(const Tensor& weight, const Tensor& y, int64_t ignore_in
   return sum;
 }
 
-// Lazy negation (of an imaginary part that was conjugated, say) is invisible to a reader of the memory.
-Tensor in_memory(const Tensor& t) { return t.is_neg() ? t.resolve_neg() : t; }
+// What a reader of the memory would not see: lazy negation (of an imaginary part that was conjugated, say), and zeros
+// without memory.
+Tensor in_memory(const Tensor& t) {
+  if (t._is_zerotensor()) return at::zeros(t.sizes(), t.options());
+  return t.is_neg() ? t.resolve_neg() : t;
+}
 
 Tensor to_accumulator(const Tensor& t, at::ScalarType type) {
   return t.defined() ? in_memory(t).to(type).contiguous() : t;
@@ -353,6 +357,7 @@ bool on_device([[maybe_unused]] const Tensor& t) {
 }
 
 double single_value(const Tensor& t) {
+  if (t._is_zerotensor()) return 0;
   if (!t.is_neg() && t.scalar_type() == at::kFloat) return *t.const_data_ptr<float>();
   if (!t.is_neg() && t.scalar_type() == at::kDouble) return *t.const_data_ptr<double>();
   return t.detach().as_strided({}, {}, t.storage_offset()).to(at::kDouble).item<double>();

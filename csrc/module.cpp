@@ -7,6 +7,7 @@
 
 #include <string>
 
+#include "cpu/kernels.h"
 #include "python.h"
 
 namespace py = pybind11;
@@ -18,6 +19,7 @@ static PyMethodDef softmax_loss = {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Compiled part of drsl_kernels: registers its operators, and tells how it was built.";
   module.attr("softmax_loss") = py::reinterpret_steal<py::object>(PyCFunction_New(&softmax_loss, nullptr));
+  module.def("cpu_capability", [] { return std::string(drsl::kernels().name); });
   module.attr("torch_version") = DRSL_TORCH_VERSION;
   module.attr("compiler") = DRSL_COMPILER;
   module.attr("cxx11_abi") = _GLIBCXX_USE_CXX11_ABI != 0;  // libstdc++ strings and lists: the new layout or the old

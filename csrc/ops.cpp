@@ -234,8 +234,6 @@ std::tuple<Tensor, Tensor> softmax_loss_operator(const Tensor& logits, const Ten
   return softmax_loss(logits, y, weight.value_or(Tensor()), tau.value_or(Tensor()), config, return_stats);
 }
 
-std::string cpu_capability() { return kernels().name; }
-
 }  // namespace
 }  // namespace drsl
 
@@ -251,7 +249,6 @@ DRSL_DEFINE(DRSL_LIBRARY, m) {
       "softmax_loss(Tensor logits, Tensor y, Tensor? weight, Tensor? tau, float tau_value, int truth, float q, "
       "int distance, float scale, float margin, int ignore_index, int reduction, float label_smoothing, "
       "bool soft, bool return_stats) -> (Tensor, Tensor)");
-  m.def("cpu_capability() -> str", drsl::cpu_capability);
 }
 
 DRSL_IMPLEMENT(DRSL_LIBRARY, AutogradCPU, m) { m.impl("softmax_loss", drsl::softmax_loss_operator); }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Final, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
@@ -129,8 +129,7 @@ def loss_spec(
         raise ValueError(f"scale must be positive and finite, got {scale!r}")
     if not -math.inf < margin < math.inf:
         raise ValueError(f"margin must be finite, got {margin!r}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    ignore_index = integer("ignore_index", ignore_index)
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must fit in 64 bits, got {ignore_index!r}")
     if not 0.0 <= label_smoothing <= 1.0:
@@ -207,6 +206,13 @@ def number(argument: str, value: object) -> float:
         return float(value)
     except OverflowError:
         raise ValueError(f"{argument} must fit in a float, got {value!r}") from None
+
+
+def integer(argument: str, value: object) -> int:
+    """`value` as an int, if it is one (of Python or NumPy, not a bool)."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{argument} must be an int, got {value!r}")
+    return int(value)
 
 
 def _check_name(argument: str, value: object, names: tuple[str, ...]) -> None:

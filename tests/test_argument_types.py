@@ -71,6 +71,11 @@ def test_numbers_of_numpy(tau: Any) -> None:
     assert DRSLLoss(tau)(Z, Y) == expected
 
 
+def test_ignore_index_of_numpy() -> None:
+    assert fused_drsl_loss(Z, Y, 0.1, ignore_index=np.int64(2)) == fused_drsl_loss(Z, Y, 0.1, ignore_index=2)
+    assert DRSLLoss(0.1, ignore_index=np.int64(2))(Z, Y) == fused_drsl_loss(Z, Y, 0.1, ignore_index=2)
+
+
 def test_tau_beyond_float32() -> None:
     """A finite tau that float32 cannot hold gives an infinite loss, per row as for all rows."""
     for tau in (1e300, torch.tensor(1e300, dtype=torch.float64), torch.full((4,), 1e300, dtype=torch.float64)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -90,6 +91,25 @@ def test_names_and_positions() -> None:
     assert by_position == ["logits", "y", "tau"]
     with pytest.raises(TypeError, match="input"):
         fused_drsl_loss(input=torch.zeros(1, 2), target=torch.zeros(1, dtype=torch.int64), tau=0.0)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(("value", "error"), [(torch.tensor(0.1), TypeError), (True, TypeError), (-0.1, RuntimeError)])
+def test_label_smoothing_is_a_number_from_0_to_1(value: Any, error: type[Exception], backend: str) -> None:
+    z, y = random_logits(ROWS, CLASSES), random_labels(ROWS, classes=CLASSES)
+    assert F.cross_entropy(z, y, label_smoothing=value).isfinite()
+    with pytest.raises(error, match="label_smoothing must be"):
+        fused_drsl_loss(z, y, 0.1, label_smoothing=value, backend=backend)
+
+
+@pytest.mark.backends("cpp")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_read_again(dtype: torch.dtype, backend: str) -> None:
+    z, y = random_logits(ROWS, CLASSES, dtype=dtype).requires_grad_(), random_labels(ROWS, classes=CLASSES)
+    logits = z * 1
+    loss = 3 * fused_drsl_loss(logits, y, 0.1, backend=backend)
+    logits.relu_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`", "ignore::DeprecationWarning")

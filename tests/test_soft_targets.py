@@ -303,3 +303,15 @@ def test_a_row_without_probability_and_with_masked_classes(distance: Any, backen
     z[0, :2] = -torch.inf
     got = fused_drsl_loss(z, q, TAU, distance=distance, backend=backend)
     torch.testing.assert_close(got, fused_drsl_loss(z[:, 2:], q[:, 2:], TAU, distance=distance, backend=backend))
+
+
+@pytest.mark.backends("cpp")
+@pytest.mark.parametrize("layout", ["rows", "strided", "images"])
+@pytest.mark.parametrize("classes", [1000, 128256])
+def test_even_probabilities_of_many_classes(classes: int, layout: str, backend: str) -> None:
+    """Sums of equal numbers round in one direction, so an error that grows with the classes would show here."""
+    z = random_logits(2, classes, 3) if layout == "images" else random_logits(3, 2 * classes)
+    z = z[:, ::2] if layout == "strided" else z[:, :classes].contiguous()
+    q = torch.full(z.shape, 1 / classes)
+    want = F.cross_entropy(z.double(), q.double())
+    assert abs(fused_drsl_loss(z, q, 0.0, backend=backend).double() / want - 1) < 1e-5

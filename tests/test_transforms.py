@@ -4,10 +4,13 @@ fake tensors, dispatch modes. The results are those of the textbook formula.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import random_labels, random_logits
 from torch import Tensor
 from truth import loss_and_gradient, row_losses
@@ -202,3 +205,28 @@ def test_negative_views(backend: str) -> None:
     torch.testing.assert_close(
         -grad.imag, loss_and_gradient(-values.imag, y, 0.5, distance="uniform")[1], check_dtype=False
     )
+
+
+@pytest.mark.backends("cpp", "reference")
+def test_zeros_without_memory(backend: str) -> None:
+    """As logits, as probabilities, as upstream gradient: what forward-mode differentiation makes of constants."""
+    zeros = torch._efficientzerotensor
+    z, y = random_logits(4, 3).requires_grad_(), torch.tensor([0, 1, 2, 0])
+    assert_close = torch.testing.assert_close
+    assert_close(fused_drsl_loss(zeros((4, 3)), y, 0.0, backend=backend), F.cross_entropy(torch.zeros(4, 3), y))
+    assert fused_drsl_loss(z, zeros((4, 3)), 0.0, backend=backend) == 0
+    (grad,) = torch.autograd.grad(fused_drsl_loss(z, y, 0.5, backend=backend), z, zeros(()))
+    assert_close(grad + 0.0, torch.zeros(4, 3))
+
+
+def test_traced_in_a_fresh_process() -> None:
+    """The first call of all, which looks for the backends, may be a traced one."""
+    program = """
+import torch
+from drsl_kernels import fused_drsl_loss
+z, y = torch.randn(6, 5), torch.randint(5, (6,))
+traced = torch.jit.trace(lambda a, b: fused_drsl_loss(a, b, 0.3), (z, y))
+torch.testing.assert_close(traced(z[:4], y[:4]), fused_drsl_loss(z[:4], y[:4], 0.3))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -92,7 +92,7 @@ def cases_of(element: str, lanes: int, thorough: bool) -> Iterator[Case]:
             "ACC": getattr(tl, acc.replace("fp", "float")),
             "SLICES_BLOCK": 64,
         }
-        for aligned in (True, False) if thorough or load == "heavy" else (True,):
+        for aligned in (True, False) if (thorough and itemsize < 8) or load == "heavy" else (True,):
             tile = tile_shape(itemsize, 16 // itemsize if aligned else 0, load != "light", weighted)
             constants |= {"WIDTH": 16 // itemsize if aligned else 0, "CHUNK": tile.chunk, "BLOCK": tile.block}
             wanted = 16 if aligned else 0

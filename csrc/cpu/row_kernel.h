@@ -210,16 +210,23 @@ DRSL_PASS void weighted_sums_of_row(const D* z, const S* u, int64_t classes, int
                                     S (&sums)[2]) {
   const Vec<S> zero(S(0)), top(max);
   Vec<S> weight = zero, depth = zero;
-  const auto take = [&](Vec<S> v, Vec<S> share) {
-    const WeightedShare<S> adds = weighted_share(share, v, top, soft);
-    weight = weight + adds.weight;
-    depth = depth + adds.depth;
-  };
-  sweep_rest<S>(
-      classes, label, [&](int64_t k, auto) { take(load(z + k), load(u + k)); },
-      [&](int64_t k, int64_t n, Mask<S> keep) {
-        take(select(keep, load_first(z + k, n), -infinity<Vec<S>>()), select(keep, load_first(u + k, n), zero));
-      });
+  for (int64_t at = 0; at < classes; at += kChunkElements) {
+    Vec<S> weight_part = zero, depth_part = zero;
+    const auto take = [&](Vec<S> v, Vec<S> share) {
+      const WeightedShare<S> adds = weighted_share(share, v, top, soft);
+      weight_part = weight_part + adds.weight;
+      depth_part = depth_part + adds.depth;
+    };
+    const int64_t width = classes - at < kChunkElements ? classes - at : kChunkElements;
+    sweep_rest<S>(
+        width, label - at, [&](int64_t k, auto) { take(load(z + at + k), load(u + at + k)); },
+        [&](int64_t k, int64_t n, Mask<S> keep) {
+          take(select(keep, load_first(z + at + k, n), -infinity<Vec<S>>()),
+               select(keep, load_first(u + at + k, n), zero));
+        });
+    weight = weight + weight_part;
+    depth = depth + depth_part;
+  }
   sums[0] = reduce_add(weight);
   sums[1] = reduce_add(depth);
 }

@@ -170,6 +170,28 @@ DRSL_FN Vec<S> weight_of(const CallInfo<S>& call, const S* tile, int64_t c) {
   return call.task.soft ? load(tile + c * Vec<S>::kLanes) : Vec<S>(call.class_weights[c]);
 }
 
+// Sums of so many classes are added up among themselves: the error of a longer sum would grow with the classes.
+constexpr int64_t kSummed = 256;
+
+template <class S>
+struct TileSums {
+  Vec<S> exps, exps2, steps, squares, weight, weighted_depth;
+
+  template <class Terms>
+  DRSL_FN void add(const TileSums& part) {
+    exps = exps + part.exps;
+    if constexpr (Terms::kSquares) exps2 = exps2 + part.exps2;
+    if constexpr (Terms::kMoments) {
+      steps = steps + part.steps;
+      squares = squares + part.squares;
+    }
+    if constexpr (Terms::kWeightedMean) {
+      weight = weight + part.weight;
+      weighted_depth = weighted_depth + part.weighted_depth;
+    }
+  }
+};
+
 // Pass 2: losses, outputs and gradient coefficients; with kGrad the exponentials, for pass 3.
 template <class Terms, bool kGrad, class S>
 DRSL_PASS BlockGrad<S> finish_tile(const CallInfo<S>& call, int64_t first, int64_t n, const BlockLabels<S>& labels,
@@ -179,37 +201,41 @@ DRSL_PASS BlockGrad<S> finish_tile(const CallInfo<S>& call, int64_t first, int64
   const int64_t classes = call.task.classes;
   const Vec<S> lowest = -infinity<Vec<S>>(), zero(S(0));
   const Vec<S> shift = select(top.max == lowest, zero, top.max);
-  Vec<S> sum_exp = zero, sum_exp2 = zero, steps = zero, squares = zero, weight = zero, weighted_depth = zero;
-  for (int64_t c = 0; c < classes; ++c) {
-    const Vec<S> v = load(logits + c * kLanes);
-    const Vec<S> e = exp_of_fall(v - shift);
-    prefetch(lines.next + c * lines.next_step);
-    if constexpr (kGrad) prefetch_to_write(lines.grad + c * lines.grad_step);
-    sum_exp = sum_exp + e;
-    if constexpr (Terms::kSquares) sum_exp2 = sum_exp2 + e * e;
-    if constexpr (Terms::kMoments) {
-      const Mask<S> present = v != lowest;
-      const Vec<S> step = select(present, v - top.mean, zero);
-      steps = steps + step;
-      squares = squares + step * step;
-      if constexpr (Terms::kWeightedMean) {
-        const Vec<S> u = select(is_label(labels, c), zero, weight_of(call, weights, c));
-        const WeightedShare<S> adds = weighted_share(u, v, top.max, call.task.soft);
-        weight = weight + adds.weight;
-        weighted_depth = weighted_depth + adds.depth;
+  TileSums<S> sums = {};
+  for (int64_t from = 0; from < classes; from += kSummed) {
+    const int64_t to = classes - from < kSummed ? classes : from + kSummed;
+    TileSums<S> part = {};
+    for (int64_t c = from; c < to; ++c) {
+      const Vec<S> v = load(logits + c * kLanes);
+      const Vec<S> e = exp_of_fall(v - shift);
+      prefetch(lines.next + c * lines.next_step);
+      if constexpr (kGrad) prefetch_to_write(lines.grad + c * lines.grad_step);
+      part.exps = part.exps + e;
+      if constexpr (Terms::kSquares) part.exps2 = part.exps2 + e * e;
+      if constexpr (Terms::kMoments) {
+        const Mask<S> present = v != lowest;
+        const Vec<S> step = select(present, v - top.mean, zero);
+        part.steps = part.steps + step;
+        part.squares = part.squares + step * step;
+        if constexpr (Terms::kWeightedMean) {
+          const Vec<S> u = select(is_label(labels, c), zero, weight_of(call, weights, c));
+          const WeightedShare<S> adds = weighted_share(u, v, top.max, call.task.soft);
+          part.weight = part.weight + adds.weight;
+          part.weighted_depth = part.weighted_depth + adds.depth;
+        }
       }
+      if constexpr (kGrad) store(exps + c * kLanes, e);
     }
-    if constexpr (kGrad) store(exps + c * kLanes, e);
+    sums.template add<Terms>(part);
   }
-  const Moments<Vec<S>> moments = corrected_moments(top.max, top.mean, steps, squares, top.count);
+  const Moments<Vec<S>> moments = corrected_moments(top.max, top.mean, sums.steps, sums.squares, top.count);
   // A NaN in a row, which need not show in its exponentials, shows in its mean.
-  const RowStats<Vec<S>> stats{top.max,  sum_exp + (top.mean - top.mean), sum_exp2, moments.depth, moments.variance,
+  const RowStats<Vec<S>> stats{top.max,  sums.exps + (top.mean - top.mean), sums.exps2, moments.depth, moments.variance,
                                top.count};
+  Vec<S> weight = top.count, weighted_depth = moments.depth;
   if constexpr (Terms::kWeightedMean) {
-    weighted_depth = weighted_depth / select(weight == zero, Vec<S>(S(1)), weight);
-  } else {
-    weight = top.count;
-    weighted_depth = moments.depth;
+    weight = sums.weight;
+    weighted_depth = sums.weighted_depth / select(weight == zero, Vec<S>(S(1)), weight);
   }
   return finish_block<S>(call, first, n, labels, stats, top.label_logit, weight, weighted_depth, sum);
 }

@@ -7,9 +7,9 @@ Relies on the extension that `_build` loads; `backends.choose` hands it out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
 from .. import reference_op  # noqa: F401  (registers what csrc/ops.cpp calls)
@@ -49,5 +49,5 @@ def backend(function: Function) -> Callable[..., tuple[Tensor, LossStats | None]
 
 def capability() -> str:
     """The instruction set that the kernels run with: "avx512", "avx2" or "baseline"."""
-    name: str = torch.ops.drsl_kernels.cpu_capability()
+    name: str = import_module("drsl_kernels._C").cpu_capability()
     return name
