@@ -32,6 +32,7 @@
 //
 // Class probabilities q as target are the same with weights u_k = (class weight k) q_k of the row's own, e/(n+1) = 1 and
 // no first term: sum_k u_k (-log p_k). Any class may then stand as y; one with a large q_k keeps the gradient precise.
+// U counts masked classes, too: probability of one costs infinitely much, and the gradient stays p_k sum_j u_j - u_k.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -261,7 +262,8 @@ DRSL_FN DistanceTerm<T> distance_term(Distance name, const Odds<T>& o, T rho, T 
 }
 
 // Loss and gradient coefficients of a row. A row without a rest (one class, or all others masked) has loss and
-// gradient 0; a row with a NaN, or with a label at +inf, has NaN everywhere.
+// gradient 0 (soft: but for the probabilities of masked classes); a row with a NaN, or with a label at +inf, has NaN
+// everywhere.
 template <class T>
 DRSL_FN RowLoss<T> row_loss(const LossParams<Scalar<T>>& params, const RowStats<T>& rest, const RowInput<T>& in) {
   const auto alone = rest.sum_exp == T(0);
@@ -315,8 +317,8 @@ DRSL_FN RowLoss<T> row_loss(const LossParams<Scalar<T>>& params, const RowStats<
   out.b = T(2) * f_rho;
   out.c = T(2) * strength * dist.d_variance;
   out.d = f_kappa / n;
-  out.smooth = share;
-  out.label = select(alone, label_or_zero, -T(params.scale) * (f_delta + d_delta));
+  out.smooth = share + poison;
+  out.label = select(alone, label_or_zero + (params.soft ? d_mean : T(0)), -T(params.scale) * (f_delta + d_delta));
   return out;
 }
 

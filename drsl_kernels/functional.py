@@ -113,8 +113,9 @@ def fused_drsl_loss(
 
     (without class weights :math:`-\sum_k q_k \log p_k + \tau D`), the mean is that over rows, and ``kl`` is
     KL(uniform || p) over all classes. A row of q should sum to 1; as in ``F.cross_entropy``, that is not checked.
-    Probability of a class at -inf is an infinite loss. q is differentiable, too; where it requires grad, the slower
-    reference computes the loss. The result is float32 for float32 logits, whatever the dtype of q.
+    Probability of a class at -inf is an infinite loss, with the finite gradient p_k sum_j w_j q_j - w_k q_k. q is
+    differentiable, too; where it requires grad, the slower reference computes the loss. The result is float32 for
+    float32 logits, whatever the dtype of q.
 
     Args:
         logits: shape (C,), (N, C) or (N, C, d1, ...); float32, float64, bfloat16 or float16; any strides.

@@ -4,6 +4,9 @@ Written for reading and for truth, not for speed. Gradients come from autograd, 
 gradient formulas is shared. Runs on any device, under `torch.compile`, `torch.func` and forward-mode
 differentiation, to any order. It is the backend where no compiled one is usable, and what second derivatives
 of the compiled ones go through. Relies on `spec`.
+
+Plain numbers do not become tensors here, not even in gradients (`masked_fill`, not `torch.where`): those would be real
+ones among fake tensors.
 """
 
 from __future__ import annotations
@@ -67,8 +70,8 @@ def softmax_loss(
         z = torch.cat([z, z.new_zeros(*z.shape[:-1], 1)], -1)
     y = y.to(torch.int64).reshape(z.shape[:-1])
     valid = y != spec.ignore_index
-    labels = torch.where(valid, y, 0)
-    z = torch.where(valid.unsqueeze(-1), z, 0.0)
+    labels = y.masked_fill(~valid, 0)
+    z = z.masked_fill(~valid.unsqueeze(-1), 0.0)
     stats = row_stats(z, labels, spec.scale, spec.margin)
 
     row_weight = torch.ones_like(stats.delta)
@@ -83,7 +86,9 @@ def softmax_loss(
         loss = row_weight * truth(stats, spec)
     cross_entropy = loss if spec.soft else -logsigmoid(-stats.delta)
     if spec.label_smoothing > 0.0 and not spec.soft:
-        loss = (1.0 - spec.label_smoothing) * loss + spec.label_smoothing * _smoothing(z, labels, weight, stats)
+        spread = spec.label_smoothing * _smoothing(z, labels, weight, stats)
+        # An infinite loss of which nothing is left is none.
+        loss = (1.0 - spec.label_smoothing) * loss + spread if spec.label_smoothing < 1.0 else spread
     if spec.distance is not None and (isinstance(tau, Tensor) or tau != 0):
         tau = (
             tau.to(device=z.device, dtype=dtype).reshape(() if tau.dim() == 0 else y.shape)
@@ -91,15 +96,15 @@ def softmax_loss(
             else tau
         )
         strength, penalty = tau * row_weight, distance(stats, spec.distance, spec.soft)
-        loss = loss + strength * torch.where((strength == 0.0) & penalty.isinf(), 0.0, penalty)  # 0 * inf is no penalty
-    loss = torch.where(valid, _defined(loss, stats, spec), 0.0)
+        loss = loss + strength * penalty.masked_fill((strength == 0.0) & penalty.isinf(), 0.0)  # 0 * inf is no penalty
+    loss = _defined(loss, stats, spec).masked_fill(~valid, 0.0)
 
     details = _loss_stats(stats, cross_entropy, valid, spec) if return_stats else None
     if spec.reduction == "none":
         return loss, details
     if spec.reduction == "sum":
         return loss.sum(), details
-    return loss.sum() / torch.where(valid, row_weight, 0.0).sum(), details
+    return loss.sum() / row_weight.masked_fill(~valid, 0.0).sum(), details
 
 
 def row_stats(z: Tensor, y: Tensor, scale: float = 1.0, margin: float = 0.0) -> RowStats:
@@ -107,19 +112,19 @@ def row_stats(z: Tensor, y: Tensor, scale: float = 1.0, margin: float = 0.0) -> 
     rest = _rest_of(z, y)
     count = rest.sum(-1).to(z.dtype)
     label = z.gather(-1, y.unsqueeze(-1)).squeeze(-1)
-    label = torch.where(label == torch.inf, torch.nan, label)
+    label = label.masked_fill(label == torch.inf, torch.nan)
 
-    top = torch.where(rest, z, -torch.inf).amax(-1).detach()
-    shift = torch.where(count > 0, top, 0.0).unsqueeze(-1)
-    below = torch.where(rest, z - shift, 0.0)  # 0 or less; a constant added to the row cancels here
-    exps = torch.where(rest, below.exp(), 0.0)
-    total = torch.where(count > 0, exps.sum(-1), 1.0)
+    top = z.masked_fill(~rest, -torch.inf).amax(-1).detach()
+    shift = top.masked_fill(count == 0, 0.0).unsqueeze(-1)
+    below = (z - shift).masked_fill(~rest, 0.0)  # 0 or less; a constant added to the row cancels here
+    exps = below.exp().masked_fill(~rest, 0.0)
+    total = exps.sum(-1).masked_fill(count == 0, 1.0)
     log_total = total.log()
-    delta = torch.where(count > 0, (shift.squeeze(-1) - scale * label + margin) + log_total, 0.0)
+    delta = ((shift.squeeze(-1) - scale * label + margin) + log_total).masked_fill(count == 0, 0.0)
     # A loss that is linear in delta would have a finite gradient where delta is NaN.
-    delta = delta * torch.where(delta.isnan(), torch.nan, 1.0).to(z.dtype)
+    delta = delta * torch.ones_like(delta).masked_fill(delta.isnan(), torch.nan)
     depth = -below.sum(-1) / count.clamp(min=1.0)
-    from_mean = torch.where(rest, below + depth.unsqueeze(-1), 0.0)
+    from_mean = (below + depth.unsqueeze(-1)).masked_fill(~rest, 0.0)
     return RowStats(
         delta=delta,
         rho=(exps / total.unsqueeze(-1)).square().sum(-1),
@@ -127,7 +132,7 @@ def row_stats(z: Tensor, y: Tensor, scale: float = 1.0, margin: float = 0.0) -> 
         variance=from_mean.square().sum(-1),
         depth=depth,
         rest=count,
-        margin=label - top,
+        margin=(label - top).masked_fill(delta.isnan(), torch.nan),
         label=label,
     )
 
@@ -140,7 +145,7 @@ def truth(stats: RowStats, spec: LossSpec) -> Tensor:
     if spec.truth == "gce":
         # Each branch has the exact gradient where the other's is lost: expm1 for hard rows, exp for easy ones.
         log_power = -spec.q * cross_entropy
-        return torch.where(log_power < -1.0, 1.0 - log_power.exp(), -log_power.expm1()) / spec.q
+        return _where(log_power < -1.0, 1.0 - log_power.exp(), -log_power.expm1()) / spec.q
     if spec.truth == "mae":
         return 2.0 * _sigmoid(stats.delta)
     return stats.delta
@@ -168,27 +173,31 @@ def distance(stats: RowStats, name: str, soft: bool = False) -> Tensor:
 def _smoothing(z: Tensor, y: Tensor, weight: Tensor | None, stats: RowStats) -> Tensor:
     """mean_k weight_k * -log softmax(z)_k, over the label and the rest."""
     weights = torch.ones_like(z) if weight is None else weight.expand_as(z)
-    return _weighted_cross_entropy(z, y, weights, stats) / (stats.rest + 1.0)
+    return _weighted_cross_entropy(z, y, weights, _rest_of(z, y), stats) / (stats.rest + 1.0)
 
 
 def _soft_cross_entropy(z: Tensor, y: Tensor, weights: Tensor, stats: RowStats) -> Tensor:
     """sum_k weight_k * -log softmax(z)_k: infinite where a masked class has a weight."""
     weights = weights if weights.shape[-1] > 0 else weights.new_zeros(z.shape)
-    is_label = torch.arange(z.shape[-1], device=z.device) == y.unsqueeze(-1)
-    lost = ((z == -torch.inf) & (weights != 0.0) & ~is_label).any(-1)
-    return _weighted_cross_entropy(z, y, weights, stats) + torch.where(lost, torch.inf, 0.0).to(z.dtype)
+    others = ~_is_label(z, y) & ((z != -torch.inf) | (weights != 0.0))
+    return _weighted_cross_entropy(z, y, weights, others, stats)
 
 
-def _weighted_cross_entropy(z: Tensor, y: Tensor, weights: Tensor, stats: RowStats) -> Tensor:
-    """sum_k weights_k * -log softmax(z)_k, over the label and the rest."""
+def _weighted_cross_entropy(z: Tensor, y: Tensor, weights: Tensor, others: Tensor, stats: RowStats) -> Tensor:
+    """sum_k weights_k * -log softmax(z)_k, over the label and what `others` is true for."""
     label_term = -logsigmoid(-stats.delta)
-    rest = _rest_of(z, y)
-    # -log softmax(z)_k = (log-sum-exp of the rest - M) + (M - z_k) + softplus(-delta)
-    top = torch.where(rest, z, -torch.inf).amax(-1, keepdim=True).detach()
-    level = stats.kappa - stats.depth - logsigmoid(stats.delta)
-    rest_terms = torch.where(rest, weights * (level.unsqueeze(-1) + (top - z)), 0.0).sum(-1)
+    # -log softmax(z)_k = (log-sum-exp of the rest - M) + (M - z_k) + softplus(-delta), or z_y - z_k without a rest
+    alone = stats.rest == 0
+    top = z.masked_fill(~_rest_of(z, y), -torch.inf).amax(-1).detach().masked_fill(alone, 0.0)
+    level = _where(alone, stats.label, stats.kappa - stats.depth - logsigmoid(stats.delta))
+    terms = weights * (level.unsqueeze(-1) + (top.unsqueeze(-1) - z))
     label_weight = weights.gather(-1, y.unsqueeze(-1)).squeeze(-1)
-    return torch.where(label_weight == 0.0, 0.0, label_weight * label_term) + rest_terms
+    label_term = (label_weight * label_term).masked_fill(label_weight == 0.0, 0.0)
+    return label_term + terms.masked_fill(~others, 0.0).sum(-1)
+
+
+def _where(condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return x.masked_fill(~condition, 0.0) + y.masked_fill(condition, 0.0)
 
 
 def _sigmoid(x: Tensor) -> Tensor:
@@ -196,21 +205,24 @@ def _sigmoid(x: Tensor) -> Tensor:
     return logsigmoid(x).exp()
 
 
+def _is_label(z: Tensor, y: Tensor) -> Tensor:
+    numbers = y.new_ones(z.shape[-1]).cumsum(0) - 1  # torch.arange would make a real tensor among fake ones
+    return numbers == y.unsqueeze(-1)
+
+
 def _rest_of(z: Tensor, y: Tensor) -> Tensor:
-    is_label = torch.arange(z.shape[-1], device=z.device) == y.unsqueeze(-1)
-    return ~is_label & (z != -torch.inf)
+    return ~_is_label(z, y) & (z != -torch.inf)
 
 
 def _defined(loss: Tensor, stats: RowStats, spec: LossSpec) -> Tensor:
-    """A row without a rest has loss 0 (NaN if its label is not finite)."""
-    alone = torch.where(stats.label.isfinite(), 0.0, torch.nan).to(loss.dtype)
-    if spec.soft:
-        alone = torch.where(loss == torch.inf, loss.detach(), alone)
-    return torch.where(stats.rest > 0, loss, alone)
+    """A row without a rest has loss 0 (NaN if its label is not finite), but for probabilities of masked classes."""
+    alone = loss.masked_fill(~loss.isinf(), 0.0) if spec.soft else torch.zeros_like(loss)
+    alone = alone.masked_fill(~stats.label.isfinite(), torch.nan)
+    return _where(stats.rest > 0, loss, alone)
 
 
 def _loss_stats(stats: RowStats, cross_entropy: Tensor, valid: Tensor, spec: LossSpec) -> LossStats:
     ce = _defined(cross_entropy, stats, spec)
     dist = _defined(distance(stats, spec.distance or "uniform", spec.soft), stats, spec)
-    cross_entropy, dist, margin = (torch.where(valid, t, 0.0).detach() for t in (ce, dist, stats.margin))
+    cross_entropy, dist, margin = (t.masked_fill(~valid, 0.0).detach() for t in (ce, dist, stats.margin))
     return LossStats(cross_entropy, dist, margin, margin > 0)

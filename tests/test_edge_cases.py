@@ -179,6 +179,27 @@ def test_all_classes_masked(classes: int, backend: str) -> None:
     assert not grad[[0, 2]].isnan().any()
 
 
+@SIZES
+def test_nothing_but_smoothing(classes: int, backend: str) -> None:
+    """With label_smoothing = 1 the label counts as any class: 0 * inf of what is not left of it would be NaN."""
+    z, y = random_logits(3, classes), torch.ones(3, dtype=torch.long)
+    z[1, 1] = -INF
+    losses, _, _ = run(z, y, label_smoothing=1.0, reduction="none", backend=backend)
+    assert losses.isinf().tolist() == [False, True, False]
+    torch.testing.assert_close(losses[[0, 2]], F.cross_entropy(z, y, label_smoothing=1.0, reduction="none")[[0, 2]])
+
+
+@SIZES
+def test_no_finite_logit(classes: int, backend: str) -> None:
+    """NaN, for labels and for probabilities, in the statistics too."""
+    z = random_logits(3, classes)
+    z[0], z[1, 0] = -INF, INF
+    for y in (torch.ones(3, dtype=torch.long), torch.full(z.shape, 1 / classes)):
+        losses, stats = softmax_loss(z, y, distance="uniform", reduction="none", return_stats=True, backend=backend)
+        for values in (losses, stats.cross_entropy, stats.distance, stats.margin):
+            assert values.isnan().tolist() == [True, True, False]
+
+
 @pytest.mark.every_capability
 @pytest.mark.parametrize("column", [0, 2, -1], ids=["wrong_class", "label", "end"])
 @SIZES

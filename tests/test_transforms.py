@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from cases import random_labels, random_logits
 from torch import Tensor
-from truth import loss_and_gradient, row_losses
+from truth import DISTANCES, TRUTHS, loss_and_gradient, row_losses
 
 from drsl_kernels import fused_drsl_loss, softmax_loss
 
@@ -133,6 +133,22 @@ def test_fake_tensors() -> None:
     with torch._subclasses.FakeTensorMode():
         loss = fused_drsl_loss(torch.empty(4, 5), torch.zeros(4, dtype=torch.long), 0.5, reduction="none")
     assert loss.shape == (4,)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_fake_tensors_outside_of_their_mode(soft: bool) -> None:
+    """A tensor that is made of a plain number there would be a real one."""
+    mode = torch._subclasses.FakeTensorMode()
+    with mode:
+        z, weight, tau = torch.empty(4, 5, requires_grad=True), torch.empty(5), torch.empty(4)
+        y = torch.empty(4, 5) if soft else torch.zeros(4, dtype=torch.long)
+    for distance in ("uniform", "kl") if soft else DISTANCES:
+        for arguments in ({}, {"weight": weight, "label_smoothing": 0.1}):
+            loss, _ = softmax_loss(z, y, distance=distance, tau=tau, return_stats=True, **arguments)  # type: ignore[call-overload]
+            assert torch.autograd.grad(loss, z)[0].shape == z.shape
+    if not soft:
+        for truth in TRUTHS:
+            assert softmax_loss(z, y, truth=truth, reduction="none").shape == (4,)
 
 
 @pytest.mark.filterwarnings("ignore:drsl_kernels runs on the slower")

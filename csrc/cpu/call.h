@@ -84,6 +84,19 @@ struct LossSum {
   }
 };
 
+// A sum that keeps what its additions round off: its error does not grow with their number. Infinities go through.
+template <class S>
+struct ExactSum {
+  Vec<S> sum, low;
+
+  DRSL_FN void add(Vec<S> x) {
+    const Vec<S> next = sum + x, x_seen = next - sum;
+    low = low + ((sum - (next - x_seen)) + (x - x_seen));
+    sum = next;
+  }
+  DRSL_FN Vec<S> total() const { return sum + select(abs_(low) < infinity<Vec<S>>(), low, Vec<S>(S(0))); }
+};
+
 // Gradient of a block of rows, each row in its lane, scaled: with e_k = exp(z_k - M),
 //   k != y:  e_k (a + b e_k) + c (z_k - max) + offset - smooth u_k        k == y:  label
 template <class S>
@@ -152,8 +165,8 @@ DRSL_FN Vec<S> label_weights(const CallInfo<S>& call, int64_t first, int64_t n, 
   return load(static_cast<const S*>(weight));
 }
 
-// What a class of weight u and logit v adds to U and to sum u_k (M - z_k). A masked one is left out, but that of a
-// class probability costs infinitely much.
+// What a class of weight u and logit v adds to U and to sum u_k (M - z_k). A masked one is left out, but a probability
+// of one counts and costs infinitely much.
 template <class S>
 struct WeightedShare {
   Vec<S> weight, depth;
@@ -164,7 +177,7 @@ DRSL_FN WeightedShare<S> weighted_share(Vec<S> u, Vec<S> v, Vec<S> max, bool sof
   const Vec<S> zero(S(0));
   const Mask<S> present = v != -infinity<Vec<S>>();
   const Vec<S> masked = soft ? select(u == zero, zero, infinity<Vec<S>>()) : zero;
-  return {select(present, u, zero), select(present, u * (max - v), masked)};
+  return {soft ? u : select(present, u, zero), select(present, u * (max - v), masked)};
 }
 
 // Losses, outputs and gradient coefficients of rows first .. first + n - 1. Lanes of ignored rows give zeros.

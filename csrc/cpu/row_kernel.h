@@ -172,17 +172,22 @@ DRSL_PASS SumParts<S> sum_chunk(S* kept, int64_t vectors, S shift_of_row, S mean
 // Pass 3. `fall` takes the exponentials from the chunk's maximum to the row's. The label's element is for the caller.
 template <class Terms, class D, class S = Accumulator<D>>
 DRSL_PASS void write_gradient(const D* z, const S* u, D* grad, int64_t n, const S* exps, const BlockGrad<S>& block,
-                              int lane, S fall) {
+                              int lane, S fall, bool soft) {
   constexpr int64_t kLanes = Vec<S>::kLanes;
   const Vec<S> a(block.a.v[lane] * fall), b(block.b.v[lane] * fall * fall), c(block.c.v[lane]);
   const Vec<S> offset(block.offset.v[lane]), max(block.max.v[lane]), smooth(block.smooth.v[lane]);
+  const Vec<S> masked(soft ? block.smooth.v[lane] : S(0));
   const auto gradient = [&](Vec<S> e, Vec<S> v, Vec<S> weight) {
     Vec<S> g = e * a;
     if constexpr (Terms::kSquares) g = e * (a + b * e);
     if constexpr (Terms::kMoments) {
       Vec<S> step = c * (v - max) + offset;
-      if constexpr (Terms::kWeightedMean) step = step - smooth * weight;
-      g = g + select(v != -infinity<Vec<S>>(), step, Vec<S>(S(0)));
+      Vec<S> at_masked(S(0));
+      if constexpr (Terms::kWeightedMean) {
+        step = step - smooth * weight;
+        at_masked = -(masked * weight);
+      }
+      g = g + select(v != -infinity<Vec<S>>(), step, at_masked);
     }
     return g;
   };
@@ -208,27 +213,29 @@ DRSL_PASS void write_gradient(const D* z, const S* u, D* grad, int64_t n, const 
 template <class D, class S = Accumulator<D>>
 DRSL_PASS void weighted_sums_of_row(const D* z, const S* u, int64_t classes, int64_t label, S max, bool soft,
                                     S (&sums)[2]) {
+  constexpr int64_t kSummed = 4 * kSlots * Vec<S>::kLanes;  // equal weights round in one direction, so not too many
   const Vec<S> zero(S(0)), top(max);
-  Vec<S> weight = zero, depth = zero;
-  for (int64_t at = 0; at < classes; at += kChunkElements) {
-    Vec<S> weight_part = zero, depth_part = zero;
-    const auto take = [&](Vec<S> v, Vec<S> share) {
+  ExactSum<S> weight = {}, depth = {};
+  for (int64_t at = 0; at < classes; at += kSummed) {
+    Vec<S> weights[kSlots] = {zero, zero, zero, zero}, depths[kSlots] = {zero, zero, zero, zero};
+    const auto take = [&](Vec<S> v, Vec<S> share, int slot) {
       const WeightedShare<S> adds = weighted_share(share, v, top, soft);
-      weight_part = weight_part + adds.weight;
-      depth_part = depth_part + adds.depth;
+      weights[slot] = weights[slot] + adds.weight;
+      depths[slot] = depths[slot] + adds.depth;
     };
-    const int64_t width = classes - at < kChunkElements ? classes - at : kChunkElements;
+    const int64_t width = classes - at < kSummed ? classes - at : kSummed;
     sweep_rest<S>(
-        width, label - at, [&](int64_t k, auto) { take(load(z + at + k), load(u + at + k)); },
+        width, label - at,
+        [&](int64_t k, auto slot) { take(load(z + at + k), load(u + at + k), decltype(slot)::kIndex); },
         [&](int64_t k, int64_t n, Mask<S> keep) {
           take(select(keep, load_first(z + at + k, n), -infinity<Vec<S>>()),
-               select(keep, load_first(u + at + k, n), zero));
+               select(keep, load_first(u + at + k, n), zero), 0);
         });
-    weight = weight + weight_part;
-    depth = depth + depth_part;
+    weight.add(fold(weights));
+    depth.add(fold(depths));
   }
-  sums[0] = reduce_add(weight);
-  sums[1] = reduce_add(depth);
+  sums[0] = reduce_add(weight.total());
+  sums[1] = reduce_add(depth.total());
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -379,7 +386,7 @@ DRSL_FN void row_block(const Call<D>& call, int64_t first, int64_t n, S* scratch
     for (int64_t at = 0; at < t.classes; at += kChunkElements) {
       const Vec<S> fall = exp_(-drop(load(static_cast<const S*>(chunk_max) + at / kChunkElements * kLanes), stats.max));
       write_gradient<Terms>(z + at, u + at, grad + at, width_at(at), scratch + i * block.stride + at, grads, i,
-                            fall.v[i]);
+                            fall.v[i], t.soft);
     }
     store_one(grad + t.labels[first + i], grads.label.v[i]);
   }

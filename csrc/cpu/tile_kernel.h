@@ -170,27 +170,29 @@ DRSL_FN Vec<S> weight_of(const CallInfo<S>& call, const S* tile, int64_t c) {
   return call.task.soft ? load(tile + c * Vec<S>::kLanes) : Vec<S>(call.class_weights[c]);
 }
 
-// Sums of so many classes are added up among themselves: the error of a longer sum would grow with the classes.
-constexpr int64_t kSummed = 256;
+// Sums of so many classes are added up among themselves: the error of a longer one would grow with the classes, and
+// equal weights round in one direction.
+template <class Terms>
+constexpr int64_t kSummed = Terms::kWeightedMean ? 16 : 256;
 
-template <class S>
+template <class Number>
 struct TileSums {
-  Vec<S> exps, exps2, steps, squares, weight, weighted_depth;
-
-  template <class Terms>
-  DRSL_FN void add(const TileSums& part) {
-    exps = exps + part.exps;
-    if constexpr (Terms::kSquares) exps2 = exps2 + part.exps2;
-    if constexpr (Terms::kMoments) {
-      steps = steps + part.steps;
-      squares = squares + part.squares;
-    }
-    if constexpr (Terms::kWeightedMean) {
-      weight = weight + part.weight;
-      weighted_depth = weighted_depth + part.weighted_depth;
-    }
-  }
+  Number exps, exps2, steps, squares, weight, weighted_depth;
 };
+
+template <class Terms, class S>
+DRSL_FN void add_part(TileSums<ExactSum<S>>& sums, const TileSums<Vec<S>>& part) {
+  sums.exps.add(part.exps);
+  if constexpr (Terms::kSquares) sums.exps2.add(part.exps2);
+  if constexpr (Terms::kMoments) {
+    sums.steps.add(part.steps);
+    sums.squares.add(part.squares);
+  }
+  if constexpr (Terms::kWeightedMean) {
+    sums.weight.add(part.weight);
+    sums.weighted_depth.add(part.weighted_depth);
+  }
+}
 
 // Pass 2: losses, outputs and gradient coefficients; with kGrad the exponentials, for pass 3.
 template <class Terms, bool kGrad, class S>
@@ -201,10 +203,10 @@ DRSL_PASS BlockGrad<S> finish_tile(const CallInfo<S>& call, int64_t first, int64
   const int64_t classes = call.task.classes;
   const Vec<S> lowest = -infinity<Vec<S>>(), zero(S(0));
   const Vec<S> shift = select(top.max == lowest, zero, top.max);
-  TileSums<S> sums = {};
-  for (int64_t from = 0; from < classes; from += kSummed) {
-    const int64_t to = classes - from < kSummed ? classes : from + kSummed;
-    TileSums<S> part = {};
+  TileSums<ExactSum<S>> sums = {};
+  for (int64_t from = 0; from < classes; from += kSummed<Terms>) {
+    const int64_t to = classes - from < kSummed<Terms> ? classes : from + kSummed<Terms>;
+    TileSums<Vec<S>> part = {};
     for (int64_t c = from; c < to; ++c) {
       const Vec<S> v = load(logits + c * kLanes);
       const Vec<S> e = exp_of_fall(v - shift);
@@ -226,16 +228,18 @@ DRSL_PASS BlockGrad<S> finish_tile(const CallInfo<S>& call, int64_t first, int64
       }
       if constexpr (kGrad) store(exps + c * kLanes, e);
     }
-    sums.template add<Terms>(part);
+    add_part<Terms>(sums, part);
   }
-  const Moments<Vec<S>> moments = corrected_moments(top.max, top.mean, sums.steps, sums.squares, top.count);
+  const Moments<Vec<S>> moments =
+      corrected_moments(top.max, top.mean, sums.steps.total(), sums.squares.total(), top.count);
   // A NaN in a row, which need not show in its exponentials, shows in its mean.
-  const RowStats<Vec<S>> stats{top.max,  sums.exps + (top.mean - top.mean), sums.exps2, moments.depth, moments.variance,
-                               top.count};
+  const RowStats<Vec<S>> stats{
+      top.max,  sums.exps.total() + (top.mean - top.mean), sums.exps2.total(), moments.depth, moments.variance,
+      top.count};
   Vec<S> weight = top.count, weighted_depth = moments.depth;
   if constexpr (Terms::kWeightedMean) {
-    weight = sums.weight;
-    weighted_depth = sums.weighted_depth / select(weight == zero, Vec<S>(S(1)), weight);
+    weight = sums.weight.total();
+    weighted_depth = sums.weighted_depth.total() / select(weight == zero, Vec<S>(S(1)), weight);
   }
   return finish_block<S>(call, first, n, labels, stats, top.label_logit, weight, weighted_depth, sum);
 }
@@ -248,6 +252,7 @@ DRSL_PASS void write_tile_gradient(const Call<D>& call, const int64_t* grad_offs
   constexpr int kLanes = Vec<S>::kLanes;
   const Vec<S> lowest = -infinity<Vec<S>>(), zero(S(0));
   const Task& t = call.task;
+  const Vec<S> masked = t.soft ? block.smooth : zero;
   write_tile(call.grad, grad_offsets, n, t.classes, t.layout.grad_class_stride, [&](int64_t c) {
     const Vec<S> e = load(exps + c * kLanes);
     Vec<S> g = e * block.a;
@@ -255,8 +260,13 @@ DRSL_PASS void write_tile_gradient(const Call<D>& call, const int64_t* grad_offs
     if constexpr (Terms::kMoments) {
       const Vec<S> v = load(logits + c * kLanes);
       Vec<S> step = block.c * (v - block.max) + block.offset;
-      if constexpr (Terms::kWeightedMean) step = step - block.smooth * weight_of<S>(call, weights, c);
-      g = g + select(v != lowest, step, zero);
+      Vec<S> at_masked = zero;
+      if constexpr (Terms::kWeightedMean) {
+        const Vec<S> u = weight_of<S>(call, weights, c);
+        step = step - block.smooth * u;
+        at_masked = -(masked * u);
+      }
+      g = g + select(v != lowest, step, at_masked);
     }
     return select(labels.valid, select(is_label(labels, c), block.label, g), zero);
   });

@@ -166,13 +166,13 @@ DRSL_DEVICE void clear_segment(const Segment<D>& segment) {
 
 // The packs of a row are visited from its end, which was read last and is still in the cache.
 template <class Terms, class D, class S = Accumulator<D>>
-DRSL_DEVICE void write_segment(const Segment<D>& segment, const S* class_weights, const RowGrad<S>& row,
+DRSL_DEVICE void write_segment(const Segment<D>& segment, const S* class_weights, bool soft, const RowGrad<S>& row,
                                const uint4* cache, int cached) {
   constexpr int W = kPackWidth<D>;
   const auto gradient_at = [&](S z, int64_t k) {
     S u = 0;
     if constexpr (Terms::kWeightedMean) u = class_weights[segment.first + k];
-    return gradient<Terms>(row, z, row_exp(z - row.shift), u);
+    return gradient<Terms>(row, z, row_exp(z - row.shift), u, soft);
   };
   const int step = kChunk * int(blockDim.x);
   const int chunks = (segment.packs + step - 1) / step;
@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(kBlockThreads, block_residents(sizeof(Accumula
     __syncthreads();
     const RowGrad<S> coefficients = shared_row;
     if (call.grad && y.counts) {
-      write_segment<Terms>(segment, call.weights_of_row(row), coefficients, cache, call.cached_packs);
+      write_segment<Terms>(segment, call.weights_of_row(row), call.params.soft, coefficients, cache, call.cached_packs);
     } else if (call.grad) {
       clear_segment(segment);
     }

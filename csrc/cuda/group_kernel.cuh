@@ -77,7 +77,7 @@ DRSL_DEVICE Part<S> group_stats(const Call<D>& call, const LaneClasses<D, L, E>&
         const int k = lane.at(i / W, i % W);
         const bool weighs = present || (call.params.soft && k != label && k < call.classes);
         const S u = weighs ? class_weights[k] : S(0);
-        weight += present ? u : S(0);
+        weight += u;
         weighted_depth += present ? u * (max - z[i]) : masked_depth(u, call.params.soft);
       }
     } else {
@@ -116,7 +116,7 @@ DRSL_DEVICE void store_gradient(const Call<D>& call, const LaneClasses<D, L, E>&
       const int k = lane.at(pack, i);
       S u = 0;
       if constexpr (Terms::kWeightedMean) u = k < call.classes ? class_weights[k] : S(0);
-      g[i] = k == label ? coefficients.label : gradient<Terms>(coefficients, x, e, u);
+      g[i] = k == label ? coefficients.label : gradient<Terms>(coefficients, x, e, u, call.params.soft);
     }
     if (call.packs) {
       const int k = lane.at(pack, 0);

@@ -128,7 +128,7 @@ DRSL_DEVICE void take(Part<S>& part, const S (&z)[N], const S (&u)[N], bool soft
       part.weighted_depth += part.weight * deeper;
       DRSL_UNROLL
       for (int i = 0; i < N; ++i) {
-        part.weight += z[i] == lowest ? S(0) : u[i];
+        part.weight += z[i] == lowest && !soft ? S(0) : u[i];
         part.weighted_depth += z[i] == lowest ? masked_depth(u[i], soft) : u[i] * (max - z[i]);
       }
     }
@@ -188,15 +188,18 @@ DRSL_DEVICE RowGrad<S> finish_row(const Call<D>& call, int64_t row, const RowLab
           out.label * scale};
 }
 
-// The gradient at a class that is not the label. e = exp(z - shift).
+// The gradient at a class that is not the label. e = exp(z - shift). A masked class has one where it has a probability.
 template <class Terms, class S>
-DRSL_DEVICE S gradient(const RowGrad<S>& row, S z, S e, S u) {
+DRSL_DEVICE S gradient(const RowGrad<S>& row, S z, S e, S u, bool soft) {
   S g = e * row.a;
   if constexpr (Terms::kSquares) g = e * (row.a + row.b * e);
   if constexpr (Terms::kMoments) {
-    S step = row.c * (z - row.max) + row.offset;
-    if constexpr (Terms::kWeightedMean) step -= row.smooth * u;
-    g += z == -infinity<S>() ? S(0) : step;
+    S step = row.c * (z - row.max) + row.offset, at_masked = 0;
+    if constexpr (Terms::kWeightedMean) {
+      step -= row.smooth * u;
+      at_masked = soft ? -row.smooth * u : S(0);
+    }
+    g += z == -infinity<S>() ? at_masked : step;
   }
   return g;
 }

@@ -40,16 +40,20 @@ struct Row {
   drsl::RowStats<double> stats;
   double label, U, weighted_depth;  // z_y, U, M - nu
   bool lost;                        // probability of a masked class: the loss is infinite
+  double masked;                    // how much; U has it, too
   double size;                      // the largest |z| of the rest: its mean is found in that precision at first
 };
 
 inline Row read_row(const Problem& problem, int64_t row) {
   const int64_t classes = problem.task.classes, y = problem.task.labels[row];
-  Row out{drsl::empty_stats<double>(), problem.logit(row, y), 0, 0, false, 0};
+  Row out{drsl::empty_stats<double>(), problem.logit(row, y), 0, 0, false, 0, 0};
   std::vector<double> z, u;
   for (int64_t k = 0; k < classes; ++k) {
     const double logit = problem.logit(row, k), weight = problem.class_weight(row, k);
-    if (k != y && logit == -kInf && problem.task.soft && weight != 0) out.lost = true;
+    if (k != y && logit == -kInf && problem.task.soft && weight != 0) {
+      out.lost = true;
+      out.masked += weight;
+    }
     if (k == y || logit == -kInf) continue;
     z.push_back(logit);
     u.push_back(weight);
@@ -69,7 +73,7 @@ inline Row read_row(const Problem& problem, int64_t row) {
   const long double depth = z.empty() ? 0 : sum / n;
   for (const double x : z) spread += (out.stats.max - x - depth) * (out.stats.max - x - depth);
   out.stats = {out.stats.max, double(exps), double(squares), double(depth), double(spread), n};
-  out.U = double(weight);
+  out.U = double(weight) + out.masked;
   out.weighted_depth = weight == 0 ? 0 : double(weighted / weight);
   return out;
 }
@@ -119,6 +123,9 @@ inline ExpectedRow expected_row(const Problem& problem, int64_t row) {
     return out;
   }
   const auto rounded = [&](double x) { return truth::round_to(problem.acc, x); };
+  double grad_scale = rounded(t.grad_scale);
+  if (t.upstream) grad_scale *= get(problem.acc, t.upstream, row * t.upstream_stride);
+  const truth::Rounding round(problem.acc, classes);
   const truth::Row r = truth::read_row(problem, row);
   const auto& s = r.stats;
   out.any_nan = s.count == 0 && r.label == -kInf;
@@ -130,6 +137,12 @@ inline ExpectedRow expected_row(const Problem& problem, int64_t row) {
     out.margin.value = s.count == 0 ? kInf : 0;
     if (r.lost) out.loss.value = out.cross_entropy.value = kInf;
     out.grad.assign(size_t(classes), Expected{0, 0});
+    if (r.lost && !out.any_nan) {
+      for (int64_t k = 0; k < classes; ++k) {
+        const double g = (k == y ? r.U : -problem.class_weight(row, k)) * grad_scale;
+        out.grad[size_t(k)] = truth::stored(problem.choice.dtype, g, std::fabs(g) * round.sums);
+      }
+    }
     return out;
   }
   const drsl::LossParams<double> params{t.truth,           t.distance,           rounded(t.q), rounded(t.scale),
@@ -139,7 +152,6 @@ inline ExpectedRow expected_row(const Problem& problem, int64_t row) {
   auto loss = drsl::row_loss(params, s, drsl::RowInput<double>{r.label, tau, u, r.U, r.weighted_depth});
 
   // Absolute error of delta, which is the relative one of p and w; errors of h, V and kappa.
-  const truth::Rounding round(problem.acc, classes);
   const double eps = round.eps, target = params.scale * r.label - params.margin;
   const bool finite = std::isfinite(target);  // else the label is at -inf
   const double log_sum = std::log(s.sum_exp);
@@ -180,19 +192,18 @@ inline ExpectedRow expected_row(const Problem& problem, int64_t row) {
   out.margin = {loss.margin, eps * std::fabs(loss.margin)};
   out.tau_grad = {loss.tau_slope, (in_distance + eps * std::fabs(loss.distance)) * penalty_weight + 8 * round.tiny};
 
-  double scale = rounded(t.grad_scale);
-  if (t.upstream) scale *= get(problem.acc, t.upstream, row * t.upstream_stride);
   const double d_delta = A * term.d_delta * (1 + steps) + B + strength * size.d_delta;
   const double a = d_delta + B + strength * (size.d_kappa + 2 * rho * size.d_rho);
   for (int64_t k = 0; k < classes; ++k) {
     const double z = problem.logit(row, k);
     if (k == y) {
       const double slack = params.scale * d_delta * relative + 8 * round.tiny;
-      out.grad.push_back(truth::stored(problem.choice.dtype, loss.label * scale, slack * std::fabs(scale)));
+      out.grad.push_back(truth::stored(problem.choice.dtype, loss.label * grad_scale, slack * std::fabs(grad_scale)));
       continue;
     }
     if (z == -kInf) {
-      out.grad.push_back({0, 0});
+      const double lost = t.soft ? -problem.class_weight(row, k) * grad_scale : 0;
+      out.grad.push_back(truth::stored(problem.choice.dtype, lost, std::fabs(lost) * round.sums));
       continue;
     }
     const double e = std::exp(z - s.max) / s.sum_exp, share_of_k = problem.class_weight(row, k);
@@ -201,7 +212,7 @@ inline ExpectedRow expected_row(const Problem& problem, int64_t row) {
     slack += round.tiny * (1 + a);
     slack += std::fabs(loss.c) * (in_depth + round.sums * (s.max - z)) +
              (std::fabs(loss.d) + loss.smooth * share_of_k) * round.sums;
-    out.grad.push_back(truth::stored(problem.choice.dtype, g * scale, slack * std::fabs(scale)));
+    out.grad.push_back(truth::stored(problem.choice.dtype, g * grad_scale, slack * std::fabs(grad_scale)));
   }
   return out;
 }

@@ -118,7 +118,7 @@ def rows_kernel(
             )
             g = class_gradient(
                 z, is_label, u, a[:, None], b[:, None], c[:, None], offset[:, None], smooth[:, None], label[:, None],
-                top[:, None], SQUARES, MOMENTS, WEIGHTED,
+                top[:, None], SQUARES, MOMENTS, WEIGHTED, SOFT,
             )  # fmt: skip
             tl.store(
                 grad + row_start(row, inner, grad_outer, grad_inner, FLAT)[:, None] + grad_at[None, :],

@@ -77,7 +77,7 @@ def write_gradient(
         if WEIGHTED:
             u = class_weights_at(class_weights, row, column, inside, column == label, classes, SOFT)
         g = class_gradient(
-            z, column == label, u, a, b, c, offset, smooth, label_gradient, top, SQUARES, MOMENTS, WEIGHTED
+            z, column == label, u, a, b, c, offset, smooth, label_gradient, top, SQUARES, MOMENTS, WEIGHTED, SOFT
         )
         _, grad_address, _ = tile_of(row_grad, start, last, grad_class, WIDTH, CHUNK, BLOCK)
         tl.store(grad_address, g.to(row_grad.dtype.element_ty), mask=inside)

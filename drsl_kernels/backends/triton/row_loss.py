@@ -102,8 +102,8 @@ def row_stats_of(
 ):  # fmt: skip
     """Statistics of tiles along AXIS. `rest` holds -inf where a class does not count; u are class weights.
 
-    With SOFT they are those of class probabilities: a masked class with u > 0 costs infinitely much. (u is 0 then where
-    the class is the label or does not exist.)
+    With SOFT they are those of class probabilities: a masked class with u > 0 counts in U, and costs infinitely much.
+    (u is 0 then where the class is the label or does not exist.)
     """
     lowest = -float("inf")
     M = tl.max(rest, axis=AXIS)
@@ -125,7 +125,7 @@ def row_stats_of(
         step = tl.where(present, below - tl.expand_dims(h, AXIS), 0.0)
         V = tl.sum(step * step, axis=AXIS)
         if WEIGHTED:
-            share = tl.where(present, u, 0.0)
+            share = u if SOFT else tl.where(present, u, 0.0)
             U = tl.sum(share, axis=AXIS)
             cost = share * below
             if SOFT:
@@ -354,7 +354,7 @@ def row_loss(
         2.0 * F_rho,
         2.0 * strength * D_V,
         F_kappa / count,
-        share,
-        tl.where(alone, label_or_zero, -scale * (F_delta + D_delta)),
+        share + poison,
+        tl.where(alone, label_or_zero + (F_mean if SOFT else 0.0), -scale * (F_delta + D_delta)),
     )
     return report, gradient

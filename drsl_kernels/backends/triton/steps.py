@@ -194,7 +194,7 @@ def scaled_gradient(gradient, stats, row, upstream, upstream_step, denominator, 
 @triton.jit
 def class_gradient(
     z, is_label, u, a, b, c, offset, smooth, label, top,
-    SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.constexpr,
+    SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
     """Gradient at classes with logits z, from the coefficients of `scaled_gradient` (of the same rank)."""
     e = tl.exp(z - top)
@@ -204,9 +204,12 @@ def class_gradient(
     if MOMENTS:
         # Where c is 0 the distance from the maximum does not count, even if it is infinite.
         step = tl.where(c == 0.0, 0.0, c * (z - top)) + offset
+        at_masked = 0.0
         if WEIGHTED:
             step -= smooth * u
+            if SOFT:
+                at_masked = -smooth * u
         else:
             step -= smooth
-        g += tl.where(z == -float("inf"), 0.0, step)
+        g += tl.where(z == -float("inf"), at_masked, step)
     return tl.where(is_label, label, g)
