@@ -1,4 +1,4 @@
-"""Fill the README's tables from the committed results: `python benchmarks/readme.py`.
+"""Fill the tables of README.md and docs/speed.md from the committed results: `python benchmarks/readme.py`.
 
 With `--check` it compares only. A table stands between `<!-- NAME -->` and `<!-- end NAME -->`. Relies on
 benchmarks/results/; a test runs --check, so a number in a table cannot differ from the result that it comes from."""
@@ -19,24 +19,26 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 @click.command()
-@click.option("--check", is_flag=True, help="Change nothing; fail if the README is not up to date.")
+@click.option("--check", is_flag=True, help="Change nothing; fail if a table is not up to date.")
 def main(check: bool) -> None:
-    """Write the tables of README.md from benchmarks/results/."""
-    path = ROOT / "README.md"
-    old = path.read_text()
-    new = filled(old)
-    if check:
-        sys.exit("README.md differs from the results: run python benchmarks/readme.py" if new != old else 0)
-    path.write_text(new)
+    """Write the tables of README.md and docs/speed.md from benchmarks/results/."""
+    readme = {"demo": demo_table(), "ratios": ratio_table(), "targets": target_table()}
+    for name, tables in {"README.md": readme, "docs/speed.md": {"prediction": prediction_table()}}.items():
+        path = ROOT / name
+        old = path.read_text()
+        new = filled(old, name, tables)
+        if check and new != old:
+            sys.exit(f"{name} differs from the results: run python benchmarks/readme.py")
+        path.write_text(new)
 
 
-def filled(text: str) -> str:
-    """The README with every table made anew."""
-    for name, table in {"demo": demo_table(), "ratios": ratio_table(), "targets": target_table()}.items():
+def filled(text: str, where: str, tables: dict[str, str]) -> str:
+    """The text of a page with every table made anew."""
+    for name, table in tables.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         text, count = pattern.subn(lambda match, table=table: match[1] + table + match[2], text)  # type: ignore[misc]
         if count != 1:
-            raise SystemExit(f"README.md must hold <!-- {name} --> and <!-- end {name} --> once, found {count}")
+            raise SystemExit(f"{where} must hold <!-- {name} --> and <!-- end {name} --> once, found {count}")
     return text
 
 
@@ -92,6 +94,20 @@ def target_table() -> str:
     for what, some in kinds.items():
         lines.append(_row([what, "; ".join(map(_target, some))]))
     return "\n".join(lines) + "\n"
+
+
+def prediction_table() -> str:
+    """What the GPU kernels should take, from their machine code."""
+    result = json.loads((RESULTS / "gpu_prediction.json").read_text())
+    heads = ["logits", "dtype", "instructions", "KB in flight", "memory", "instructions issued", "exponentials"]
+    lines = [_row([*heads, "prediction"]), _row(["---", "---", *["---:"] * (len(heads) - 1)])]
+    for r in result["predictions"]:
+        cells = [f"{r['rows']}x{r['classes']}", r["dtype"], f"{r['instructions_per_element']:.1f}"]
+        cells += [f"{r['kilobytes_in_flight']:.0f}", *(f"{r[part]:.2f}" for part in ("memory", "issue", "mufu"))]
+        lines.append(_row([*cells, f"{r['at_best']:.2f} to {r['at_worst']:.2f}"]))
+    return (
+        "\n".join(lines) + f"\n\nTriton {result['triton']}, sm_90, {result['date'][:10]}, commit {result['commit']}.\n"
+    )
 
 
 def _target(target: Target) -> str:

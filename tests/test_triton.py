@@ -45,7 +45,7 @@ def test_programs_that_go_on_to_further_rows(classes: int, reduction: str, monke
     """As in a batch that would need hundreds of thousands of programs: here 4 or fewer have to do."""
     monkeypatch.setattr(launch, "WARPS_PER_PROCESSOR", 1)
     monkeypatch.setattr(launch, "WARPS_TO_SKIP", 1)
-    shape = launch.few_classes_shape(classes, 10**6, 4)
+    shape = launch.few_classes_shape(classes, 10**6, 4, 2)
     assert shape is not None
     rows = 9 * shape.rows + 1
     z, y = random_logits(rows, classes), random_labels(rows, classes=classes)
@@ -63,6 +63,33 @@ def test_long_rows_in_every_dtype(rows: int, dtype: str) -> None:
     for distance in ("uniform", "kl"):
         checked(z, y, distance=distance)
         checked(z, y, distance=distance, reduction="none")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_programs_that_go_on_to_further_long_rows(reduction: str) -> None:
+    """Two programs to each of 4 processors."""
+    rows, classes = 19, 9001
+    assert launch.rows_at_work(torch.empty(0), classes) == 2
+    z, y = random_logits(rows, classes), random_labels(rows, classes=classes)
+    y[11] = -100
+    z[13, 300:5000] = -INF
+    checked(z, y, distance="uniform", reduction=reduction)
+    checked(z, y, reduction=reduction, weight=torch.linspace(0.1, 2.0, classes), **WEIGHTED)
+
+
+@pytest.mark.parametrize("label", [0, 8191, 8192, 16383, 16384, 20000])
+def test_masked_classes_are_not_counted(label: int) -> None:
+    """In whole tiles they are counted only where there are some, in the last part always; the label in neither."""
+    z, y = random_logits(5, 20001, dtype=torch.float64), torch.full((5,), label)
+    z[1, 7] = z[2, 20000 if label < 20000 else 19999] = z[3, label] = -INF
+    z[4, ::2] = -INF
+    z[4, label] = 1.0
+    for distance in ("uniform", "conditional"):
+        got, want = (
+            softmax_loss(z, y, distance=distance, tau=0.3, return_stats=True, backend=backend)[1].distance  # type: ignore[call-overload]
+            for backend in ("triton", "reference")
+        )
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-14)
 
 
 @pytest.mark.parametrize("rows", [1, 5])

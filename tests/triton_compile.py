@@ -24,25 +24,29 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from drsl_kernels.backends.triton.few_classes import rows_kernel
-from drsl_kernels.backends.triton.launch import few_classes_shape, options, sum_shape, tile_shape
+from drsl_kernels.backends.triton.launch import Shape, Tile, few_classes_shape, options, sum_shape, tile_shape
 from drsl_kernels.backends.triton.many_classes import gradient_kernel, row_kernel, stats_kernel
 from drsl_kernels.backends.triton.steps import label_weights_kernel, sum_kernel
 
 ELEMENTS = {"bf16": 2, "fp32": 4, "fp64": 8}
-ODD_ELEMENTS = ("fp32",)  # for which unusual arguments are compiled as well
+ODD = "fp32"  # for which unusual arguments are compiled as well
 THOROUGH = "cuda:90"  # the target on which everything is compiled
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 class Case(NamedTuple):
-    """A kernel with its compile-time arguments; `present` are the types of the optional pointers that are not None."""
+    """A kernel with its compile-time arguments; `present` are the types of the optional pointers that are not None.
+
+    `registers` as for `options`; 16 `bytes_per_access` are what the aligned path must reach, 0 where nothing is asked.
+    """
 
     name: str
     kernel: Any
     present: dict[str, str]
     constants: dict[str, Any]
     warps: int
-    bytes_per_access: int  # that the aligned path must reach; 0 where nothing is asked
+    bytes_per_access: int = 0
+    registers: int = 0
 
 
 def cases(lanes: int, thorough: bool) -> Iterator[Case]:
@@ -60,23 +64,14 @@ def cases(lanes: int, thorough: bool) -> Iterator[Case]:
 def cases_of(element: str, lanes: int, thorough: bool) -> Iterator[Case]:
     itemsize = ELEMENTS[element]
     acc = "fp64" if itemsize == 8 else "fp32"
-    widths = (10, 64, 250, 1000, 2000, 4000, 8000) if thorough else (10, 250, 2000, 8000)
-    grid = [(classes, rows) for classes in widths for rows in (1, 65536)]
     # moments: no class weights, which leaves room for longer rows
     loads = [("light", 0, 1, False), ("heavy", 1, 3, True), ("soft", 0, 6, True), ("moments", 1, 3, False)]
     for load, truth, distance, smooth in loads:
         if load == "moments" and not thorough:
             continue
-        weighted = load in ("heavy", "soft")
-        present = {
-            "logits": f"*{element}",
-            "labels": "*i64",
-            "grad": f"*{element}",
-            "parts": "*fp64",
-            "denominator": "*fp64",
-            "losses": "*fp64",
-            "saved": f"*{acc}",
-        }
+        moments, weighted = load != "light", load in ("heavy", "soft")
+        outputs = {"grad": f"*{element}", "denominator": "*fp64", "losses": "*fp64", "saved": f"*{acc}"}
+        present = {"logits": f"*{element}", "labels": "*i64", "parts": "*fp64"} | outputs
         if load == "heavy":
             present |= {"class_weights": f"*{acc}", "tau": f"*{acc}", "reports": f"*{acc}", "upstream": f"*{acc}"}
         elif load == "soft":
@@ -92,39 +87,45 @@ def cases_of(element: str, lanes: int, thorough: bool) -> Iterator[Case]:
             "ACC": getattr(tl, acc.replace("fp", "float")),
             "SLICES_BLOCK": 64,
         }
-        for aligned in (True, False) if (thorough and itemsize < 8) or load == "heavy" else (True,):
-            tile = tile_shape(itemsize, 16 // itemsize if aligned else 0, load != "light", weighted)
-            constants |= {"WIDTH": 16 // itemsize if aligned else 0, "CHUNK": tile.chunk, "BLOCK": tile.block}
+
+        def whole_rows(name: str, batches: list[tuple[int, int]], width: int, **others: Any) -> Iterator[Case]:
+            shapes = (few_classes_shape(*batch, itemsize, width, moments, weighted, lanes) for batch in batches)  # noqa: B023
+            for shape in dict.fromkeys(shapes):
+                if shape is not None:
+                    size = f"{shape.rows}x{shape.parts}x{shape.lanes}x{shape.word}"
+                    case = Case(f"rows {size} {name}", rows_kernel, present, constants, shape.warps)  # noqa: B023
+                    yield case._replace(constants=constants | blocks_of(shape), registers=shape.registers, **others)  # noqa: B023
+
+        grid = [(classes, rows) for classes in (10, 250, 2000, 8000) for rows in (1, 65536)]
+        for aligned in (True, False) if load == "heavy" or (thorough and element == ODD) else (True,):
+            width = 16 // itemsize if aligned else 0
+            tile, alone = (tile_shape(itemsize, width, moments, weighted, x, lanes) for x in (False, True))
+            constants |= {"WIDTH": width, **blocks_of(tile)}
             wanted = 16 if aligned else 0
             name = f"{element} {load} {'aligned' if aligned else 'strided'}"
-            shapes = dict.fromkeys(few_classes_shape(*batch, itemsize, aligned, weighted, lanes) for batch in grid)
-            for shape in shapes:
-                if shape is not None:
-                    blocks = {"BLOCK_R": shape.rows, "BLOCK_C": shape.columns}
-                    label = f"rows {shape.rows}x{shape.columns} {name}"
-                    yield Case(label, rows_kernel, present, constants | blocks, shape.warps, wanted)
+            yield from whole_rows(name, grid, width, bytes_per_access=wanted)
             for kernel in (row_kernel, stats_kernel, gradient_kernel):
                 yield Case(f"{kernel.fn.__name__} {name}", kernel, present, constants, tile.warps, wanted)
+            if alone != tile:
+                name = f"row_kernel alone {name}"
+                yield Case(name, row_kernel, present, constants | blocks_of(alone), alone.warps, wanted)
         # What a run of other arguments compiles: the mean's labels counted on the spot, classes that are pairs or odd,
         # rows in two dimensions, the loss alone.
-        odd = thorough and element in ODD_ELEMENTS and load in ("light", "heavy")
-        for width, flat in ((2, True), (1, True), (1, False)) if odd else ():
-            tile = tile_shape(itemsize, width, load != "light", weighted)
-            constants |= {"WIDTH": width, "FLAT": flat, "MEAN": 1, "CHUNK": tile.chunk, "BLOCK": tile.block}
-            forward = {pointer: of for pointer, of in present.items() if pointer not in ("grad", "upstream")}
-            for some, what in ((forward, " forward"),) if width == 2 else ((present, ""), (forward, " forward")):
-                name = f"{element} {load}{what} width {width}{'' if flat else ' two strides'}"
-                counting = constants | ({"SKIP": False} if what else {})
-                batches = ((10, 128), (10, 65536), (100, 128), (1000, 256))
-                for shape in dict.fromkeys(
-                    few_classes_shape(*batch, itemsize, flat, weighted, lanes) for batch in batches
-                ):
-                    assert shape is not None
-                    blocks = {"BLOCK_R": shape.rows, "BLOCK_C": shape.columns}
-                    label = f"rows {shape.rows}x{shape.columns} {name}"
-                    yield Case(label, rows_kernel, some, counting | blocks, shape.warps, 0)
-                if width == 1:
-                    yield Case(f"row_kernel {name}", row_kernel, some, counting, tile.warps, 0)
+        odd = thorough and element == ODD and load in ("light", "heavy")
+        for width, flat in ((1, True), (1, False), (2, True)) if odd else ():
+            tile = tile_shape(itemsize, width, moments, weighted, False, lanes)
+            constants |= {"WIDTH": width, "FLAT": flat, "MEAN": 1, **blocks_of(tile)}
+            if width == 2:
+                constants["SKIP"] = False
+                present = {pointer: of for pointer, of in present.items() if pointer not in ("grad", "upstream")}
+            name = f"{element} {load} width {width}{'' if flat else ' two strides'}"
+            yield from whole_rows(name, [(10, 128), (10, 65536), (100, 128), (1000, 256)], width)
+            yield Case(f"row_kernel {name}", row_kernel, present, constants, tile.warps)
+
+
+def blocks_of(shape: Shape | Tile) -> dict[str, int]:
+    blocks = {"PARTS": shape.parts, "LANES": shape.lanes, "WORD": shape.word}
+    return blocks | {"BLOCK_R": shape.rows} if isinstance(shape, Shape) else blocks
 
 
 def compiled(case: Case, target: GPUTarget) -> Any:
@@ -145,7 +146,7 @@ def compiled(case: Case, target: GPUTarget) -> Any:
             constants[(i,)] = case.constants[name] if parameter.is_constexpr else None
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(
-        source, target=target, options=options(case.warps, case.kernel is rows_kernel, hip=target.backend == "hip")
+        source, target=target, options=options(case.warps, case.registers, hip=target.backend == "hip")
     )
 
 

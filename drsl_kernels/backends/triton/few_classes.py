@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from .row_loss import needs_moments, needs_squares, row_stats_of
+from .row_loss import needs_moments, needs_squares, row_stats_of, spread
 from .steps import (
     class_gradient,
+    class_index,
     class_weights_at,
     finished_rows,
     jit,
@@ -62,8 +63,10 @@ def rows_kernel(
     FLAT: tl.constexpr,  # rows are outer_stride apart
     WIDTH: tl.constexpr,  # adjacent classes that may be read as one word; 0 where classes are not adjacent
     ACC: tl.constexpr,
+    PARTS: tl.constexpr,  # a row is PARTS x LANES words of WORD neighbouring classes
     BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,  # >= classes
+    LANES: tl.constexpr,
+    WORD: tl.constexpr,
 ):
     if SKIP:
         if tl.load(upstream) == 1.0:
@@ -73,7 +76,9 @@ def rows_kernel(
     MOMENTS: tl.constexpr = needs_moments(DISTANCE) or SMOOTH
 
     program = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK_C)
+    part = tl.arange(0, PARTS)[:, None, None, None] * (LANES * WORD)
+    lane = tl.arange(0, LANES)[None, None, :, None] * WORD
+    column = part + lane + tl.arange(0, WORD)[None, None, None, :]
     if WIDTH > 0:
         classes = classes // WIDTH * WIDTH  # tells the compiler what it is a multiple of
         outer_stride = outer_stride // WIDTH * WIDTH
@@ -92,20 +97,20 @@ def rows_kernel(
         row = block * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
         y = tl.load(labels + row, mask=row < rows, other=ignore_index)
         valid = y != ignore_index
-        z = tl.load(
-            logits + row_start(row, inner, outer_stride, inner_stride, FLAT)[:, None] + at[None, :],
-            mask=valid[:, None] & inside[None, :],
-            other=-float("inf"),
-        ).to(ACC)
-        is_label = column[None, :] == y[:, None]
+        start = row_start(row, inner, outer_stride, inner_stride, FLAT)
+        known = spread(valid, True) & inside
+        z = tl.load(logits + spread(start, True) + at, mask=known, other=-float("inf")).to(ACC)
+        label_column = class_index(y, classes)
+        is_label = column == spread(label_column, True)
         u = 0.0
         if WEIGHTED:
-            known = valid[:, None] & inside[None, :]
-            u = class_weights_at(class_weights, row[:, None], column[None, :], known, is_label, classes, SOFT)
+            u = class_weights_at(class_weights, spread(row, True), column, known, is_label, classes, SOFT)
 
-        stats = row_stats_of(tl.where(is_label, -float("inf"), z), u, SQUARES, MOMENTS, WEIGHTED, SOFT, 1)
-        label_logit = tl.sum(tl.where(is_label, z, 0.0), axis=1)
-        label_logit = tl.where(valid & ((y < 0) | (y >= classes)), float("nan"), label_logit)
+        z = tl.where(is_label, -float("inf"), z)
+        stats = row_stats_of(z, u, SQUARES, MOMENTS, WEIGHTED, SOFT)
+        label_at = logits + start + label_column * class_stride
+        label_logit = tl.load(label_at, mask=valid & (label_column >= 0), other=float("nan")).to(ACC)
+        label_logit = tl.where(valid, label_logit, 0.0)
         loss, gradient = finished_rows(
             stats, label_logit, row, valid, y, tau, tau_value, tau_step, class_weights, classes, ignore_index,
             q, scale, margin, smoothing, row_losses, reports, tau_grad, rows, row < rows, TRUTH, DISTANCE, SMOOTH,
@@ -116,15 +121,29 @@ def rows_kernel(
             a, b, c, offset, smooth, label, top = scaled_gradient(
                 gradient, stats, row, upstream, upstream_step, divisor, valid, ACC
             )
+            # An ignored row has no logits, and 0 for the label; the mean over no row at all would make that NaN.
+            a = tl.where(valid, a, 0.0)
+            b = tl.where(valid, b, 0.0)
+            label = tl.where(valid, label, 0.0)
             g = class_gradient(
-                z, is_label, u, a[:, None], b[:, None], c[:, None], offset[:, None], smooth[:, None], label[:, None],
-                top[:, None], SQUARES, MOMENTS, WEIGHTED, SOFT,
+                z, u, spread(a, True), spread(b, True), spread(c, True), spread(offset, True), spread(smooth, True),
+                spread(top, True), SQUARES, MOMENTS, WEIGHTED, SOFT,
             )  # fmt: skip
-            tl.store(
-                grad + row_start(row, inner, grad_outer, grad_inner, FLAT)[:, None] + grad_at[None, :],
-                tl.where(valid[:, None], g, 0.0).to(grad.dtype.element_ty),
-                mask=(row < rows)[:, None] & inside[None, :],
-            )
+            # Read anew: a thread would have to keep where its labels are, bit by bit.
+            y = tl.load(labels + row, mask=row < rows, other=ignore_index, cache_modifier=".ca")
+            g = tl.where(column == spread(class_index(y, classes), True), spread(label, True), g)
+            g = g.to(grad.dtype.element_ty)
+            grad_start = row_start(row, inner, grad_outer, grad_inner, FLAT)
+            if WIDTH > 0 and LANES * WORD * grad.dtype.element_ty.primitive_bitwidth < 256:
+                # Neighbouring threads write to different rows, less than 32 bytes each: the memory had better see whole
+                # rows, and shared memory brings them together.
+                COLUMNS: tl.constexpr = PARTS * LANES * WORD
+                g = tl.reshape(tl.permute(g, (1, 0, 2, 3)), (BLOCK_R, COLUMNS))
+                flat = tl.arange(0, COLUMNS)[None, :]
+                mask = (row < rows)[:, None] & (flat < classes)
+                tl.store(grad + grad_start[:, None] + flat, g, mask=mask)
+            else:
+                tl.store(grad + spread(grad_start, True) + grad_at, g, mask=spread(row < rows, True) & inside)
 
     if losses is not None:
         tl.store(losses + program, tl.sum(loss_sum, axis=0))

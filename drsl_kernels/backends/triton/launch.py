@@ -32,66 +32,89 @@ LABEL_READS = 2**17  # more than this many labels, read by all programs together
 # not too many programs to start that find nothing to do. More warps than a processor holds even out the end.
 WARPS_PER_PROCESSOR = 256
 WARPS_TO_SKIP = 64
+MOST_AT_WORK = 2  # rows of a processor, of those with many classes
+CACHED = 0.7  # of the L2 cache is theirs
 MAX_CLASSES = 2**31 - 2**16  # column indices have 32 bits, the last tile included
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a program of `rows_kernel` holds: `rows` times `columns` elements, over `warps` warps."""
+    """What a program of `rows_kernel` holds: `rows` rows of parts x lanes x word classes, over `warps` warps.
+
+    A row has `lanes` lanes, each with `parts` words of `word` neighbouring classes. A thread gets `registers`, for left
+    alone, NVIDIA's assembler spills one or two to fit more programs in.
+    """
 
     rows: int
-    columns: int
+    parts: int
+    lanes: int
+    word: int
     warps: int
+    registers: int
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What a program of the other kernels holds at a time: `chunk` times `block` classes of one row."""
+    """What a program of the other kernels holds at a time: parts x lanes x word classes of one row."""
 
-    chunk: int
-    block: int
+    parts: int
+    lanes: int
+    word: int
     warps: int
 
 
 def few_classes_shape(
-    classes: int, rows: int, itemsize: int, adjacent: bool = True, weighted: bool = False, lanes: int = LANES
+    classes: int,
+    rows: int,
+    itemsize: int,
+    width: int,
+    moments: bool = False,
+    weighted: bool = False,
+    lanes: int = LANES,
 ) -> Shape | None:
     """The tile for so many classes; None where a row is too long for one.
 
-    `itemsize` is that of the logits, `adjacent` tells whether neighbouring classes are neighbours in memory and
-    rows one stride apart. If not, a thread holds parts of more rows, each of which needs registers for its loss.
-    `weighted`: there are weights of classes to be held beside the logits.
+    `itemsize` is that of the logits, `width` as of the function below. Where sums of `moments` are taken the logits are
+    held beside their exponentials, and weights of classes beside both where they are `weighted`.
     """
-    columns = triton.next_power_of_2(max(classes, 16))
-    # What a warp's registers hold without spilling, and the longest row. Addresses of scattered classes need registers.
+    word = max(width, 1)
+    columns = max(triton.next_power_of_2(classes), word)
+    # What a thread holds without spilling, and the longest row. The fewer threads share a row, the fewer compute its
+    # loss. Addresses of scattered classes need registers as well.
     if itemsize < 8:
-        per_warp, longest = (512, 4096 if weighted else 8192) if adjacent else (128, 4096)
+        held, longest = (16 if moments or weighted else 32, 4096 if weighted else 8192)
+        if not width:
+            held, longest = (4, 2048) if weighted else (8, 4096)
     else:
-        per_warp, longest = (128, 1024 if weighted else 2048) if adjacent else (64, 512 if weighted else 1024)
+        held, longest = (4, 1024) if weighted else (8, 2048)
+        if not width:
+            held, longest = (2, 512) if weighted else (4, 1024)
     if columns > longest:
         return None
-    if adjacent and rows * columns <= 4 * per_warp:
+    threads = 128
+    if rows * columns <= 2048:
         # The whole batch in one program: no other kernel has to run before or after it.
-        return Shape(4 * per_warp // columns, columns, 8 * 32 // lanes)
-    elements = max(columns, per_warp)
-    if columns <= 64 and adjacent:
-        # A lane holds parts of several short rows, and needs registers for the loss of each.
-        elements, warps = {2: (1024, 4), 4: (512, 4), 8: (128, 2)}[itemsize]
-        return Shape(elements // columns, columns, warps * 32 // lanes)
-    return Shape(elements // columns, columns, min(elements // per_warp, 16))
+        threads, held = 256, min(held, 8)
+    held = max(min(held, columns, 16 * word), word)
+    per_row = columns // held
+    threads = max(threads, per_row)
+    registers = min(168 if itemsize < 8 and not weighted else 255, 65536 // threads)
+    return Shape(threads // per_row, held // word, per_row, word, threads // lanes, registers)
 
 
-def tile_shape(itemsize: int, width: int, moments: bool = False, weighted: bool = False) -> Tile:
+def tile_shape(
+    itemsize: int, width: int, moments: bool = False, weighted: bool = False, alone: bool = False, lanes: int = LANES
+) -> Tile:
     """A thread reads 16 bytes at a time, and several times before it uses what it read.
 
     For `width` see there. Sums of `moments` and of `weighted` moments take registers, which leaves fewer to read into.
+    `alone`: no other program runs on the same processor, so this one has to keep its memory busy.
     """
-    if width == 0:  # addresses of their own, and halves to be widened, take registers
-        return Tile(2, 1024 if itemsize == 4 else 512, 8)
-    if width * itemsize < 16:
-        return Tile(4, 512 if itemsize == 8 else 1024, 8)
-    chunk = 2 if moments or weighted else 4
-    return Tile(chunk // 2 if weighted and itemsize == 8 else chunk, 4096 // itemsize, 8)
+    threads, word = 512, max(width, 1)
+    held = (8 if moments or weighted else 16) if itemsize < 8 else (2 if weighted else 4 if moments else 8)
+    if alone and width * itemsize == 16 and itemsize < 8 and not moments:
+        held = 32
+    return Tile(max(1, held // word), threads, word, threads // lanes)
 
 
 def sum_shape(count: int, lanes: int = LANES) -> tuple[int, int]:
@@ -99,20 +122,29 @@ def sum_shape(count: int, lanes: int = LANES) -> tuple[int, int]:
     return (2048, 8) if count <= 2**14 else (8192, 1024 // lanes)
 
 
-def options(warps: int, whole_rows: bool = False, hip: bool = torch.version.hip is not None) -> dict[str, Any]:
-    """How a kernel is compiled; `whole_rows` for `rows_kernel`.
-
-    That one NVIDIA's assembler, left alone, spills by a register or two to fit more programs in. The others are better
-    left alone.
-    """
+def options(warps: int, registers: int = 0, hip: bool = torch.version.hip is not None) -> dict[str, Any]:
+    """How a kernel is compiled; `registers` a thread may have (0: NVIDIA's assembler decides)."""
     chosen: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": True}
-    return chosen | {"maxnreg": min(255, 65536 // (32 * warps) // 8 * 8)} if whole_rows and not hip else chosen
+    return chosen | {"maxnreg": registers} if registers and not hip else chosen
 
 
 def slice_count(rows: int, classes: int, processors: int) -> int:
     """Into how many slices a row is cut, so that few long rows fill the device."""
     wanted = triton.cdiv(2 * processors, rows)
     return max(1, min(wanted, MAX_SLICES, classes // 8192)) if rows < processors else 1
+
+
+def rows_at_work(logits: Tensor, classes: int) -> int:
+    """How many rows a processor works on at a time: more hide each other's waits, fewer stay in the L2 cache."""
+    share = CACHED * cache_bytes(logits.device) / processor_count(logits.device)
+    return max(1, min(MOST_AT_WORK, int(share / (classes * logits.element_size()))))
+
+
+@cache
+def cache_bytes(device: torch.device) -> int:
+    if device.type == "cpu":  # the interpreter
+        return 2**20
+    return int(torch.cuda.get_device_properties(device).L2_cache_size)
 
 
 @cache
@@ -244,8 +276,8 @@ def saved_slices(task: Task) -> int:
     classes = logits.shape[class_dim(logits)]
     rows = logits.numel() // max(classes, 1)
     layout = rows_of(logits)
-    adjacent = layout is not None and layout.flat and layout.class_stride == 1
-    if few_classes_shape(classes, rows, logits.element_size(), adjacent, task.weighted) is not None:
+    width = int(layout is not None and layout.class_stride == 1)
+    if few_classes_shape(classes, rows, logits.element_size(), width, task.moments, task.weighted) is not None:
         return 0
     return slice_count(rows, classes, processor_count(logits.device))
 
@@ -267,7 +299,7 @@ def run(task: Task) -> None:
     matrices = (logits,) if grad is None else (logits, grad)
     itemsize = logits.element_size()
     words = width(matrices, (layout, grad_layout)[: len(matrices)], classes)
-    shape = few_classes_shape(classes, rows, itemsize, words > 0 and layout.flat, task.weighted)
+    shape = few_classes_shape(classes, rows, itemsize, words, task.moments, task.weighted)
     slices = 1
     if shape is None:
         slices = slice_count(rows, classes, processor_count(logits.device))
@@ -323,7 +355,13 @@ def run(task: Task) -> None:
     if shape is not None:
         total = task.loss if losses is None else None
         rows_kernel[(programs,)](
-            **arguments, total=total, BLOCK_R=shape.rows, BLOCK_C=shape.columns, **options(shape.warps, whole_rows=True)
+            **arguments,
+            total=total,
+            PARTS=shape.parts,
+            BLOCK_R=shape.rows,
+            LANES=shape.lanes,
+            WORD=shape.word,
+            **options(shape.warps, shape.registers),
         )
     else:
         _run_long_rows(task, arguments, rows, classes, slices)
@@ -366,11 +404,14 @@ STATS_ARGUMENTS = (
 
 
 def _run_long_rows(task: Task, arguments: dict[str, Any], rows: int, classes: int, slices: int) -> None:
-    tile = tile_shape(task.logits.element_size(), arguments["WIDTH"], task.moments, task.weighted)
-    common: dict[str, Any] = dict(CHUNK=tile.chunk, BLOCK=tile.block, **options(tile.warps))
+    logits = task.logits
+    at_work = rows_at_work(logits, classes)
+    tile = tile_shape(logits.element_size(), arguments["WIDTH"], task.moments, task.weighted, at_work == 1)
+    common: dict[str, Any] = dict(PARTS=tile.parts, LANES=tile.lanes, WORD=tile.word, **options(tile.warps))
     saved = task.saved
     if slices == 1 and not task.saved_known:
-        row_kernel[(rows,)](**arguments, saved=saved, **common)
+        programs = min(rows, processor_count(logits.device) * at_work)
+        row_kernel[(programs,)](**arguments, saved=saved, **common)
         return
     if not task.saved_known:
         if saved is None:

@@ -1,8 +1,8 @@
-"""Many classes: a row, or a slice of one, in tiles of CHUNK x BLOCK classes.
+"""Many classes: a row, or a slice of one, in tiles of PARTS x LANES words of WORD neighbouring classes.
 
-Each of BLOCK lanes keeps statistics of its own, merged at the end, so no step of the loop waits for another lane.
+Each lane, which is a thread's, keeps statistics of its own, merged at the end: no step of the loop waits for another.
 
-    row_kernel          statistics of a row, then its gradient while the row is in the L2 cache
+    row_kernel          statistics of a row, then its gradient while the row is in the L2 cache; then the next row
     stats_kernel        statistics of a slice, kept in memory: where rows are too few to fill the device
     gradient_kernel     losses and gradient from statistics in memory: after the former, or in a later call
 
@@ -14,9 +14,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .row_loss import merge, merge_all, needs_moments, needs_squares, row_stats_of
+from .row_loss import largest, merge, merge_all, needs_moments, needs_squares, row_stats_of, summed, take
 from .steps import (
     class_gradient,
+    class_index,
     class_weights_at,
     finished_rows,
     jit,
@@ -29,76 +30,154 @@ SAVED: tl.constexpr = tl.constexpr(8)  # statistics per slice in memory, in the 
 
 
 @triton.jit
-def tile_of(pointer, start, last, class_stride, WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns of a tile, their addresses, and which of them are in the slice."""
-    chunk = tl.arange(0, CHUNK)[:, None] * BLOCK
-    column = start + chunk + tl.arange(0, BLOCK)[None, :]
+def tile_of(
+    pointer, start, class_stride, WIDTH: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr, WORD: tl.constexpr
+):  # fmt: skip
+    """Columns of a tile, and their addresses."""
+    part = tl.arange(0, PARTS)[:, None, None] * (LANES * WORD)
+    column = start + part + tl.arange(0, LANES)[None, :, None] * WORD + tl.arange(0, WORD)[None, None, :]
     if WIDTH > 0:
         address = pointer + column
     else:
         address = pointer + column * class_stride
-    return column, address, column < last
+    return column, address
+
+
+@triton.jit
+def whole_tiles_end(first, last, TILE: tl.constexpr):
+    """Where the whole tiles of [first, last) end; less than a tile is left over."""
+    return first + (last - first) // TILE * TILE
+
+
+@triton.jit
+def tile_stats(
+    stats, z, row, label, column, class_weights, inside, classes,
+    SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.constexpr, SOFT: tl.constexpr,
+):  # fmt: skip
+    """Statistics of lanes together with those of a tile, which has -inf at the label."""
+    if MOMENTS:
+        u = 0.0
+        if WEIGHTED:
+            u = class_weights_at(class_weights, row, column, inside, column == label, classes, SOFT)
+        tile = row_stats_of(z, u, SQUARES, MOMENTS, WEIGHTED, SOFT)
+        stats = merge(stats, tile, SQUARES, MOMENTS, WEIGHTED)
+    else:
+        stats = take(stats, z, SQUARES)
+    return stats
 
 
 @triton.jit
 def slice_stats(
     row_logits, row, label, class_weights, classes, first, last, class_stride,
     WIDTH: tl.constexpr, SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.constexpr, SOFT: tl.constexpr,
-    ACC: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    ACC: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr, WORD: tl.constexpr,
 ):  # fmt: skip
     """Statistics of the classes [first, last) of a row, the label left out."""
-    zero = tl.zeros([BLOCK], ACC)
-    lanes = (zero - float("inf"), zero, zero, zero, zero, zero, zero, zero)
-    for start in range(first, last, CHUNK * BLOCK):
-        column, address, inside = tile_of(row_logits, start, last, class_stride, WIDTH, CHUNK, BLOCK)
-        z = tl.load(address, mask=inside, other=-float("inf")).to(ACC)
-        u = 0.0
-        if WEIGHTED:
-            u = class_weights_at(class_weights, row, column, inside, column == label, classes, SOFT)
-        tile = row_stats_of(tl.where(column == label, -float("inf"), z), u, SQUARES, MOMENTS, WEIGHTED, SOFT, 0)
-        lanes = merge(lanes, tile, SQUARES, MOMENTS, WEIGHTED)
-    return merge_all(lanes, SQUARES, MOMENTS, WEIGHTED, 0)
+    lowest = -float("inf")
+    TILE: tl.constexpr = PARTS * LANES * WORD
+    # Without moments nobody needs to know in each tile how many classes are masked: only whether some are, in the end.
+    COUNTED: tl.constexpr = SQUARES and not MOMENTS
+    zero = tl.zeros([LANES], ACC)
+    lanes = (zero + lowest, zero, zero, zero, zero, zero, zero, zero)
+    bottom = zero
+    whole = whole_tiles_end(first, last, TILE)
+    for start in range(first, whole, TILE):
+        column, address = tile_of(row_logits, start, class_stride, WIDTH, PARTS, LANES, WORD)
+        z = tl.load(address).to(ACC)
+        if COUNTED:
+            bottom = tl.minimum(bottom, -largest(-z))
+        if (label >= start) & (label < start + TILE):
+            z = tl.where(column == label, lowest, z)
+        lanes = tile_stats(
+            lanes, z, row, label, column, class_weights, column >= 0, classes, SQUARES, MOMENTS, WEIGHTED, SOFT
+        )
+    rest = zero
+    if whole < last:
+        column, address = tile_of(row_logits, whole, class_stride, WIDTH, PARTS, LANES, WORD)
+        inside = column < last
+        z = tl.load(address, mask=inside, other=lowest).to(ACC)
+        z = tl.where(column == label, lowest, z)
+        lanes = tile_stats(
+            lanes, z, row, label, column, class_weights, inside, classes, SQUARES, MOMENTS, WEIGHTED, SOFT
+        )
+        if COUNTED:
+            rest = summed((z != lowest).to(ACC))
+    M, A1, A2, h, V, n, U, weighted_depth = merge_all(lanes, SQUARES, MOMENTS, WEIGHTED)
+    if COUNTED:
+        if tl.min(bottom, axis=0) == lowest:
+            for start in range(first, whole, TILE):
+                column, address = tile_of(row_logits, start, class_stride, WIDTH, PARTS, LANES, WORD)
+                present = (tl.load(address).to(ACC) != lowest) & (column != label)
+                rest += summed(present.to(ACC))
+            n = tl.sum(rest, axis=0)
+        else:
+            here = (label >= first) & (label < whole)
+            n = tl.sum(rest, axis=0) + (whole - first - here.to(tl.int32)).to(ACC)
+    return M, A1, A2, h, V, n, U, weighted_depth
+
+
+@triton.jit
+def tile_gradient(
+    z, row, label, column, class_weights, inside, classes, coefficients,
+    SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.constexpr, SOFT: tl.constexpr,
+):  # fmt: skip
+    a, b, c, offset, smooth, _, top = coefficients
+    u = 0.0
+    if WEIGHTED:
+        u = class_weights_at(class_weights, row, column, inside, column == label, classes, SOFT)
+    return class_gradient(z, u, a, b, c, offset, smooth, top, SQUARES, MOMENTS, WEIGHTED, SOFT)
 
 
 @triton.jit
 def write_gradient(
     row_logits, row_grad, row, label, class_weights, classes, first, last, class_stride, grad_class, coefficients,
     WIDTH: tl.constexpr, SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.constexpr, SOFT: tl.constexpr,
-    ACC: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    ACC: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr, WORD: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the classes [first, last) of a row, last tile first: it was read last and is still in the cache."""
-    a, b, c, offset, smooth, label_gradient, top = coefficients
-    tiles = tl.cdiv(last - first, CHUNK * BLOCK)
-    for i in range(0, tiles):
-        start = first + (tiles - 1 - i) * (CHUNK * BLOCK)
-        column, address, inside = tile_of(row_logits, start, last, class_stride, WIDTH, CHUNK, BLOCK)
+    TILE: tl.constexpr = PARTS * LANES * WORD
+    label_gradient = coefficients[5]
+    whole = whole_tiles_end(first, last, TILE)
+    if whole < last:
+        column, address = tile_of(row_logits, whole, class_stride, WIDTH, PARTS, LANES, WORD)
+        inside = column < last
         z = tl.load(address, mask=inside, other=-float("inf"), eviction_policy="evict_first").to(ACC)
-        u = 0.0
-        if WEIGHTED:
-            u = class_weights_at(class_weights, row, column, inside, column == label, classes, SOFT)
-        g = class_gradient(
-            z, column == label, u, a, b, c, offset, smooth, label_gradient, top, SQUARES, MOMENTS, WEIGHTED, SOFT
+        g = tile_gradient(
+            z, row, label, column, class_weights, inside, classes, coefficients, SQUARES, MOMENTS, WEIGHTED, SOFT
         )
-        _, grad_address, _ = tile_of(row_grad, start, last, grad_class, WIDTH, CHUNK, BLOCK)
-        tl.store(grad_address, g.to(row_grad.dtype.element_ty), mask=inside)
+        g = tl.where(column == label, label_gradient, g)
+        _, grad_address = tile_of(row_grad, whole, grad_class, WIDTH, PARTS, LANES, WORD)
+        tl.store(grad_address, g.to(row_grad.dtype.element_ty), mask=inside, eviction_policy="evict_first")
+    tiles = (whole - first) // TILE
+    for i in range(0, tiles):
+        start = first + (tiles - 1 - i) * TILE
+        column, address = tile_of(row_logits, start, class_stride, WIDTH, PARTS, LANES, WORD)
+        z = tl.load(address, eviction_policy="evict_first").to(ACC)
+        g = tile_gradient(
+            z, row, label, column, class_weights, column >= 0, classes, coefficients, SQUARES, MOMENTS, WEIGHTED, SOFT
+        )
+        if (label >= start) & (label < start + TILE):
+            g = tl.where(column == label, label_gradient, g)
+        _, grad_address = tile_of(row_grad, start, grad_class, WIDTH, PARTS, LANES, WORD)
+        tl.store(grad_address, g.to(row_grad.dtype.element_ty), eviction_policy="evict_first")
 
 
 @triton.jit
 def write_zeros(
     row_grad, first, last, grad_class,
-    WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr, WORD: tl.constexpr,
 ):  # fmt: skip
-    for start in range(first, last, CHUNK * BLOCK):
-        _, address, inside = tile_of(row_grad, start, last, grad_class, WIDTH, CHUNK, BLOCK)
-        tl.store(address, tl.zeros([CHUNK, BLOCK], tl.float32).to(row_grad.dtype.element_ty), mask=inside)
+    for start in range(first, last, PARTS * LANES * WORD):
+        column, address = tile_of(row_grad, start, grad_class, WIDTH, PARTS, LANES, WORD)
+        tl.store(address, tl.zeros([PARTS, LANES, WORD], tl.float32).to(row_grad.dtype.element_ty), mask=column < last)
 
 
 @triton.jit
 def label_of(labels, row, classes, ignore_index):
-    """A row's label, whether the row counts, and whether the label is a class."""
+    """A row's label, whether the row counts, and the label as a column: -1 where it does not, or is no class."""
     y = tl.load(labels + row)
     valid = y != ignore_index
-    return y, valid, valid & (y >= 0) & (y < classes)
+    return y, valid, tl.where(valid, class_index(y, classes), -1)
 
 
 @triton.jit
@@ -134,10 +213,9 @@ def saved_stats(saved, row, slices, SLICES_BLOCK: tl.constexpr):
 
 
 @triton.jit
-def label_logit_of(row_logits, y, valid, known, class_stride, ACC: tl.constexpr):
+def label_logit_of(row_logits, label, valid, class_stride, ACC: tl.constexpr):
     """z_y; NaN for a label that is no class, 0 for an ignored row."""
-    at = tl.where(known, y, 0) * class_stride
-    logit = tl.load(row_logits + at, mask=known, other=float("nan")).to(ACC)
+    logit = tl.load(row_logits + label * class_stride, mask=label >= 0, other=float("nan")).to(ACC)
     return tl.where(valid, logit, 0.0)
 
 
@@ -183,8 +261,9 @@ def row_kernel(
     FLAT: tl.constexpr,  # rows are outer_stride apart
     WIDTH: tl.constexpr,  # adjacent classes that may be read as one word; 0 where classes are not adjacent
     ACC: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    LANES: tl.constexpr,
+    WORD: tl.constexpr,
 ):
     if SKIP:
         if tl.load(upstream) == 1.0:
@@ -193,38 +272,40 @@ def row_kernel(
     WEIGHTED: tl.constexpr = SMOOTH and class_weights is not None
     MOMENTS: tl.constexpr = needs_moments(DISTANCE) or SMOOTH
 
-    row = tl.program_id(0).to(tl.int64)
     if WIDTH > 0:
         outer_stride = outer_stride // WIDTH * WIDTH
         grad_outer = grad_outer // WIDTH * WIDTH
-    y, valid, known = label_of(labels, row, classes, ignore_index)
-    row_logits = logits + row_start(row, inner, outer_stride, inner_stride, FLAT)
-    end = slice_end(classes, classes, valid, WIDTH)  # an ignored row is not read
-    stats = slice_stats(
-        row_logits, row, y, class_weights, classes, 0, end, class_stride,
-        WIDTH, SQUARES, MOMENTS, WEIGHTED, SOFT, ACC, CHUNK, BLOCK,
-    )  # fmt: skip
-    if saved is not None:
-        save_stats(saved, row, stats)
-    label_logit = label_logit_of(row_logits, y, valid, known, class_stride, ACC)
     divisor = mean_denominator(labels, class_weights, parts, num_parts, rows, classes, ignore_index, MEAN, SOFT)
-    loss, gradient = finished_rows(
-        stats, label_logit, row, valid, y, tau, tau_value, tau_step, class_weights, classes, ignore_index,
-        q, scale, margin, smoothing, row_losses, reports, tau_grad, rows, row >= 0, TRUTH, DISTANCE, SMOOTH,
-        WEIGHTED, SOFT, ACC,
-    )  # fmt: skip
-    if losses is not None:
-        tl.store(losses + row, loss.to(tl.float64))
+    program = tl.program_id(0).to(tl.int64)
     if denominator is not None:
-        tl.store(denominator, divisor, mask=row == 0)
-    if grad is not None:
-        row_grad = grad + row_start(row, inner, grad_outer, grad_inner, FLAT)
-        coefficients = scaled_gradient(gradient, stats, row, upstream, upstream_step, divisor, row >= 0, ACC)
-        write_gradient(
-            row_logits, row_grad, row, y, class_weights, classes, 0, end, class_stride, grad_class, coefficients,
-            WIDTH, SQUARES, MOMENTS, WEIGHTED, SOFT, ACC, CHUNK, BLOCK,
+        tl.store(denominator, divisor, mask=program == 0)
+    for row in range(program, rows, tl.num_programs(0)):
+        y, valid, label = label_of(labels, row, classes, ignore_index)
+        row_logits = logits + row_start(row, inner, outer_stride, inner_stride, FLAT)
+        end = slice_end(classes, classes, valid, WIDTH)  # an ignored row is not read
+        stats = slice_stats(
+            row_logits, row, label, class_weights, classes, 0, end, class_stride,
+            WIDTH, SQUARES, MOMENTS, WEIGHTED, SOFT, ACC, PARTS, LANES, WORD,
         )  # fmt: skip
-        write_zeros(row_grad, end, slice_end(classes, classes, row >= 0, WIDTH), grad_class, WIDTH, CHUNK, BLOCK)
+        if saved is not None:
+            save_stats(saved, row, stats)
+        label_logit = label_logit_of(row_logits, label, valid, class_stride, ACC)
+        loss, gradient = finished_rows(
+            stats, label_logit, row, valid, y, tau, tau_value, tau_step, class_weights, classes, ignore_index,
+            q, scale, margin, smoothing, row_losses, reports, tau_grad, rows, row >= 0, TRUTH, DISTANCE, SMOOTH,
+            WEIGHTED, SOFT, ACC,
+        )  # fmt: skip
+        if losses is not None:
+            tl.store(losses + row, loss.to(tl.float64))
+        if grad is not None:
+            row_grad = grad + row_start(row, inner, grad_outer, grad_inner, FLAT)
+            coefficients = scaled_gradient(gradient, stats, row, upstream, upstream_step, divisor, row >= 0, ACC)
+            write_gradient(
+                row_logits, row_grad, row, label, class_weights, classes, 0, end, class_stride, grad_class,
+                coefficients, WIDTH, SQUARES, MOMENTS, WEIGHTED, SOFT, ACC, PARTS, LANES, WORD,
+            )  # fmt: skip
+            last = slice_end(classes, classes, row >= 0, WIDTH)
+            write_zeros(row_grad, end, last, grad_class, WIDTH, PARTS, LANES, WORD)
 
 
 @jit
@@ -248,8 +329,9 @@ def stats_kernel(
     FLAT: tl.constexpr,
     WIDTH: tl.constexpr,
     ACC: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    LANES: tl.constexpr,
+    WORD: tl.constexpr,
 ):
     SQUARES: tl.constexpr = needs_squares(DISTANCE)
     WEIGHTED: tl.constexpr = SMOOTH and class_weights is not None
@@ -259,13 +341,13 @@ def stats_kernel(
     part = tl.program_id(1)
     if WIDTH > 0:
         outer_stride = outer_stride // WIDTH * WIDTH
-    y, valid, _ = label_of(labels, row, classes, ignore_index)
+    _, valid, label = label_of(labels, row, classes, ignore_index)
     first = slice_end(part * slice_size, classes, valid, WIDTH)
     last = slice_end((part + 1) * slice_size, classes, valid, WIDTH)
     row_logits = logits + row_start(row, inner, outer_stride, inner_stride, FLAT)
     stats = slice_stats(
-        row_logits, row, y, class_weights, classes, first, last, class_stride,
-        WIDTH, SQUARES, MOMENTS, WEIGHTED, SOFT, ACC, CHUNK, BLOCK,
+        row_logits, row, label, class_weights, classes, first, last, class_stride,
+        WIDTH, SQUARES, MOMENTS, WEIGHTED, SOFT, ACC, PARTS, LANES, WORD,
     )  # fmt: skip
     save_stats(saved, row * slices + part, stats)
 
@@ -314,8 +396,9 @@ def gradient_kernel(
     FLAT: tl.constexpr,
     WIDTH: tl.constexpr,
     ACC: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    LANES: tl.constexpr,
+    WORD: tl.constexpr,
     SLICES_BLOCK: tl.constexpr,  # >= slices
 ):
     if SKIP:
@@ -330,10 +413,10 @@ def gradient_kernel(
     if WIDTH > 0:
         outer_stride = outer_stride // WIDTH * WIDTH
         grad_outer = grad_outer // WIDTH * WIDTH
-    y, valid, known = label_of(labels, row, classes, ignore_index)
+    y, valid, label = label_of(labels, row, classes, ignore_index)
     row_logits = logits + row_start(row, inner, outer_stride, inner_stride, FLAT)
-    stats = merge_all(saved_stats(saved, row, slices, SLICES_BLOCK), SQUARES, MOMENTS, WEIGHTED, 0)
-    label_logit = label_logit_of(row_logits, y, valid, known, class_stride, ACC)
+    stats = merge_all(saved_stats(saved, row, slices, SLICES_BLOCK), SQUARES, MOMENTS, WEIGHTED)
+    label_logit = label_logit_of(row_logits, label, valid, class_stride, ACC)
     divisor = mean_denominator(labels, class_weights, parts, num_parts, rows, classes, ignore_index, MEAN, SOFT)
     loss, gradient = finished_rows(
         stats, label_logit, row, valid, y, tau, tau_value, tau_step, class_weights, classes, ignore_index,
@@ -353,7 +436,7 @@ def gradient_kernel(
         if WIDTH > 0:
             middle = middle // WIDTH * WIDTH
         write_gradient(
-            row_logits, row_grad, row, y, class_weights, classes, first, middle, class_stride, grad_class,
-            coefficients, WIDTH, SQUARES, MOMENTS, WEIGHTED, SOFT, ACC, CHUNK, BLOCK,
+            row_logits, row_grad, row, label, class_weights, classes, first, middle, class_stride, grad_class,
+            coefficients, WIDTH, SQUARES, MOMENTS, WEIGHTED, SOFT, ACC, PARTS, LANES, WORD,
         )  # fmt: skip
-        write_zeros(row_grad, middle, last, grad_class, WIDTH, CHUNK, BLOCK)
+        write_zeros(row_grad, middle, last, grad_class, WIDTH, PARTS, LANES, WORD)

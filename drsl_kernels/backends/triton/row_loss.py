@@ -92,45 +92,81 @@ def expm1_(x):
     return tl.where(u == 1.0, x, tl.where(u < 0.25, below, below * (x / tl.where(plain, 1.0, log_(u)))))
 
 
+@triton.jit
+def class_exp(x):
+    """exp(x) of one logit, as fast as the hardware has it; what would be subnormal may be 0."""
+    if x.dtype == tl.float64:
+        result = tl.exp(x)
+    else:
+        result = tl.exp2(x * 1.44269504)
+    return result
+
+
+# Tiles. The classes of a row lie along several axes of a tile, so that a thread gets neighbouring classes, and those of
+# as few rows as possible: (part, row, lane, word) where a program holds whole rows, (part, lane, word) where a row
+# passes by in tiles. The first and the last axis are in one thread; the second tile keeps statistics per lane.
+
+
+@triton.jit
+def largest(x):
+    """The maximum over the classes of a tile: per row, or per lane."""
+    x = tl.max(tl.max(x, axis=len(x.shape) - 1), axis=0)
+    return tl.max(x, axis=1) if len(x.shape) == 2 else x
+
+
+@triton.jit
+def summed(x):
+    """The sum over the classes of a tile: per row, or per lane."""
+    x = tl.sum(tl.sum(x, axis=len(x.shape) - 1), axis=0)
+    return tl.sum(x, axis=1) if len(x.shape) == 2 else x
+
+
+@triton.jit
+def spread(x, ROWS: tl.constexpr):
+    """One number per row (ROWS) or per lane, in the shape of a tile."""
+    return x[None, :, None, None] if ROWS else x[None, :, None]
+
+
 # Statistics: a tuple (M, A1, A2, h, V, n, U, sum u_k (M - z_k)). Those that a call does not read are 0 or arbitrary.
 
 
 @triton.jit
 def row_stats_of(
     rest, u,
-    SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.constexpr, SOFT: tl.constexpr, AXIS: tl.constexpr,
+    SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of tiles along AXIS. `rest` holds -inf where a class does not count; u are class weights.
+    """Statistics of a tile. `rest` holds -inf where a class does not count; u are class weights.
 
     With SOFT they are those of class probabilities: a masked class with u > 0 counts in U, and costs infinitely much.
     (u is 0 then where the class is the label or does not exist.)
     """
+    ROWS: tl.constexpr = len(rest.shape) == 4
     lowest = -float("inf")
-    M = tl.max(rest, axis=AXIS)
-    top = tl.expand_dims(tl.where(M == lowest, 0.0, M), AXIS)
-    e = tl.exp(rest - top)
-    A1 = tl.sum(e, axis=AXIS)
+    M = largest(rest)
+    top = spread(tl.where(M == lowest, 0.0, M), ROWS)
+    e = class_exp(rest - top)
+    A1 = summed(e)
     A2 = tl.zeros_like(A1)
     if SQUARES:
-        A2 = tl.sum(e * e, axis=AXIS)
+        A2 = summed(e * e)
     present = rest != lowest
-    n = tl.sum(present.to(rest.dtype), axis=AXIS)
+    n = summed(present.to(rest.dtype))
     h = tl.zeros_like(A1)
     V = tl.zeros_like(A1)
     U = n
     weighted_depth = h
     if MOMENTS:
         below = tl.where(present, top - rest, 0.0)
-        h = tl.sum(below, axis=AXIS) / tl.where(n > 1.0, n, 1.0)
-        step = tl.where(present, below - tl.expand_dims(h, AXIS), 0.0)
-        V = tl.sum(step * step, axis=AXIS)
+        h = summed(below) / tl.where(n > 1.0, n, 1.0)
+        step = tl.where(present, below - spread(h, ROWS), 0.0)
+        V = summed(step * step)
         if WEIGHTED:
             share = u if SOFT else tl.where(present, u, 0.0)
-            U = tl.sum(share, axis=AXIS)
+            U = summed(share)
             cost = share * below
             if SOFT:
                 cost = tl.where(present | (u == 0.0), cost, float("inf"))
-            weighted_depth = tl.sum(cost, axis=AXIS)
+            weighted_depth = summed(cost)
     return M, A1, A2, h, V, n, U, weighted_depth
 
 
@@ -141,6 +177,20 @@ def drop(part, whole):
 
 
 @triton.jit
+def take(stats, z, SQUARES: tl.constexpr):
+    """M, A1 and A2 of lanes together with a tile: one exponential per class, and one for what was there."""
+    M, A1, A2, h, V, n, U, weighted_depth = stats
+    top = tl.maximum(M, largest(z))
+    shift = tl.where(top == -float("inf"), 0.0, top)
+    rescale = class_exp(M - shift)
+    e = class_exp(z - spread(shift, False))
+    A1 = A1 * rescale + summed(e)
+    if SQUARES:
+        A2 = A2 * (rescale * rescale) + summed(e * e)
+    return top, A1, A2, h, V, n, U, weighted_depth
+
+
+@triton.jit
 def merge(x, y, SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.constexpr):
     """Statistics of the union of two disjoint sets of classes."""
     M_x, A1_x, A2_x, h_x, V_x, n_x, U_x, d_x = x
@@ -148,8 +198,8 @@ def merge(x, y, SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.const
     M = tl.where(M_x > M_y, M_x, M_y)
     drop_x = drop(M_x, M)
     drop_y = drop(M_y, M)
-    f_x = tl.exp(-drop_x)
-    f_y = tl.exp(-drop_y)
+    f_x = class_exp(-drop_x)
+    f_y = class_exp(-drop_y)
     A1 = A1_x * f_x + A1_y * f_y
     A2 = A2_x
     if SQUARES:
@@ -173,29 +223,29 @@ def merge(x, y, SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.const
 
 
 @triton.jit
-def merge_all(parts, SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.constexpr, AXIS: tl.constexpr):
-    """Statistics of the union of all the sets along AXIS, in one step."""
+def merge_all(parts, SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.constexpr):
+    """Statistics of the union of all the sets in a vector, in one step."""
     M_i, A1_i, A2_i, h_i, V_i, n_i, U_i, d_i = parts
-    M = tl.max(M_i, axis=AXIS)
-    drop_i = drop(M_i, tl.expand_dims(M, AXIS))
-    f = tl.exp(-drop_i)
-    A1 = tl.sum(A1_i * f, axis=AXIS)
+    M = tl.max(M_i, axis=0)
+    drop_i = drop(M_i, M)
+    f = class_exp(-drop_i)
+    A1 = tl.sum(A1_i * f, axis=0)
     A2 = tl.zeros_like(A1)
     if SQUARES:
-        A2 = tl.sum(A2_i * (f * f), axis=AXIS)
-    n = tl.sum(n_i, axis=AXIS)
+        A2 = tl.sum(A2_i * (f * f), axis=0)
+    n = tl.sum(n_i, axis=0)
     h = tl.zeros_like(A1)
     V = tl.zeros_like(A1)
     U = n
     d = h
     if MOMENTS:
         depth_i = h_i + drop_i
-        h = tl.sum(n_i * depth_i, axis=AXIS) / tl.where(n > 1.0, n, 1.0)
-        step = depth_i - tl.expand_dims(h, AXIS)
-        V = tl.sum(V_i + tl.where(n_i == 0.0, 0.0, n_i * (step * step)), axis=AXIS)  # step^2 may overflow
+        h = tl.sum(n_i * depth_i, axis=0) / tl.where(n > 1.0, n, 1.0)
+        step = depth_i - h
+        V = tl.sum(V_i + tl.where(n_i == 0.0, 0.0, n_i * (step * step)), axis=0)  # step^2 may overflow
         if WEIGHTED:
-            U = tl.sum(U_i, axis=AXIS)
-            d = tl.sum(d_i + U_i * drop_i, axis=AXIS)
+            U = tl.sum(U_i, axis=0)
+            d = tl.sum(d_i + U_i * drop_i, axis=0)
     return M, A1, A2, h, V, n, U, d
 
 

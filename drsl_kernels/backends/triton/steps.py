@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .row_loss import row_loss
+from .row_loss import class_exp, row_loss
 
 # How the mean's denominator comes about (`MEAN` of the kernels)
 NO_MEAN: tl.constexpr = tl.constexpr(0)
@@ -53,6 +53,12 @@ def weights_of(labels, class_weights, classes, ignore_index):
         weight = tl.load(class_weights + labels, mask=known, other=1.0)
         weight = tl.where(counts, weight, 0.0)
     return weight
+
+
+@triton.jit
+def class_index(label, classes):
+    """A label as a 32-bit column; -1 for what is no class."""
+    return tl.where((label >= 0) & (label < classes), label, -1).to(tl.int32)
 
 
 @triton.jit
@@ -193,11 +199,11 @@ def scaled_gradient(gradient, stats, row, upstream, upstream_step, denominator, 
 
 @triton.jit
 def class_gradient(
-    z, is_label, u, a, b, c, offset, smooth, label, top,
+    z, u, a, b, c, offset, smooth, top,
     SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
-    """Gradient at classes with logits z, from the coefficients of `scaled_gradient` (of the same rank)."""
-    e = tl.exp(z - top)
+    """Gradient at classes with logits z that are not the label, from the coefficients of `scaled_gradient`."""
+    e = class_exp(z - top)
     g = e * a
     if SQUARES:
         g = e * (a + b * e)
@@ -212,4 +218,4 @@ def class_gradient(
         else:
             step -= smooth
         g += tl.where(z == -float("inf"), at_masked, step)
-    return tl.where(is_label, label, g)
+    return g
