@@ -114,7 +114,7 @@ def case_of(rows: int, classes: int, dtype: str) -> tuple[Case, int]:
     tile = tile_shape(itemsize, width, alone=at_work(classes * itemsize) == 1)
     constants |= blocks_of(tile)
     turns = -(-classes // (tile.parts * tile.lanes * tile.word))
-    return Case("row_kernel", row_kernel, present, constants, tile.warps), turns
+    return Case("row_kernel", row_kernel, present, constants, tile.warps, 0, tile.registers), turns
 
 
 def at_work(row_bytes: int) -> int:

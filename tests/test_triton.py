@@ -247,6 +247,19 @@ def test_label_out_of_range_is_never_an_index(label: int | str, classes: int) ->
     torch.testing.assert_close(task.grad[kept].double(), grad, atol=1e-7, rtol=1e-5)
 
 
+@pytest.mark.parametrize("classes", [3, 10, 12, 100, 9001, 9004])
+def test_nothing_is_written_beside_a_row(classes: int) -> None:
+    z, y = random_logits(3, classes), random_labels(3, classes=classes)
+    y[2] = -100
+    task = task_of(z, y)
+    memory = torch.full((4, classes + 16), 7.0)
+    task.grad = memory[:3, :classes]
+    launch.run(task)
+    assert (memory[:, classes:] == 7.0).all()
+    assert (memory[3] == 7.0).all()
+    torch.testing.assert_close(task.grad.double(), loss_and_gradient(z, y, 0.3, distance="uniform")[1])
+
+
 @pytest.mark.parametrize("rows", [2, 5])
 @pytest.mark.parametrize("classes", [10, 9001])
 def test_a_gradient_that_is_right_is_left_alone(classes: int, rows: int) -> None:

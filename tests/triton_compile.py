@@ -105,10 +105,14 @@ def cases_of(element: str, lanes: int, thorough: bool) -> Iterator[Case]:
             name = f"{element} {load} {'aligned' if aligned else 'strided'}"
             yield from whole_rows(name, grid, width, bytes_per_access=wanted)
             for kernel in (row_kernel, stats_kernel, gradient_kernel):
-                yield Case(f"{kernel.fn.__name__} {name}", kernel, present, constants, tile.warps, wanted)
+                yield Case(
+                    f"{kernel.fn.__name__} {name}", kernel, present, constants, tile.warps, wanted, tile.registers
+                )
             if alone != tile:
                 name = f"row_kernel alone {name}"
-                yield Case(name, row_kernel, present, constants | blocks_of(alone), alone.warps, wanted)
+                yield Case(
+                    name, row_kernel, present, constants | blocks_of(alone), alone.warps, wanted, alone.registers
+                )
         # What a run of other arguments compiles: the mean's labels counted on the spot, classes that are pairs or odd,
         # rows in two dimensions, the loss alone.
         odd = thorough and element == ODD and load in ("light", "heavy")
@@ -120,7 +124,7 @@ def cases_of(element: str, lanes: int, thorough: bool) -> Iterator[Case]:
                 present = {pointer: of for pointer, of in present.items() if pointer not in ("grad", "upstream")}
             name = f"{element} {load} width {width}{'' if flat else ' two strides'}"
             yield from whole_rows(name, [(10, 128), (10, 65536), (100, 128), (1000, 256)], width)
-            yield Case(f"row_kernel {name}", row_kernel, present, constants, tile.warps)
+            yield Case(f"row_kernel {name}", row_kernel, present, constants, tile.warps, 0, tile.registers)
 
 
 def blocks_of(shape: Shape | Tile) -> dict[str, int]:

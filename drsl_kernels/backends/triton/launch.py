@@ -61,6 +61,7 @@ class Tile:
     lanes: int
     word: int
     warps: int
+    registers: int
 
 
 def few_classes_shape(
@@ -80,14 +81,14 @@ def few_classes_shape(
     word = max(width, 1)
     columns = max(triton.next_power_of_2(classes), word)
     # What a thread holds without spilling, and the longest row. The fewer threads share a row, the fewer compute its
-    # loss. Addresses of scattered classes need registers as well.
+    # loss. Addresses of single classes need registers as well.
     if itemsize < 8:
-        held, longest = (16 if moments or weighted else 32, 4096 if weighted else 8192)
-        if not width:
+        held, longest = (16, 4096) if moments or weighted else (32, 8192)
+        if width < 2:
             held, longest = (4, 2048) if weighted else (8, 4096)
     else:
         held, longest = (4, 1024) if weighted else (8, 2048)
-        if not width:
+        if width < 2:
             held, longest = (2, 512) if weighted else (4, 1024)
     if columns > longest:
         return None
@@ -95,7 +96,7 @@ def few_classes_shape(
     if rows * columns <= 2048:
         # The whole batch in one program: no other kernel has to run before or after it.
         threads, held = 256, min(held, 8)
-    held = max(min(held, columns, 16 * word), word)
+    held = max(min(held, columns), word)
     per_row = columns // held
     threads = max(threads, per_row)
     registers = min(168 if itemsize < 8 and not weighted else 255, 65536 // threads)
@@ -111,10 +112,12 @@ def tile_shape(
     `alone`: no other program runs on the same processor, so this one has to keep its memory busy.
     """
     threads, word = 512, max(width, 1)
-    held = (8 if moments or weighted else 16) if itemsize < 8 else (2 if weighted else 4 if moments else 8)
-    if alone and width * itemsize == 16 and itemsize < 8 and not moments:
-        held = 32
-    return Tile(max(1, held // word), threads, word, threads // lanes)
+    held = (8 if moments or weighted else 16) if itemsize < 8 else (2 if weighted else 4)
+    if width < 2:
+        held //= 4 if weighted else 2
+    if itemsize < 8 and not moments and width * itemsize == 16:
+        threads, held = 512 if alone else 256, 32
+    return Tile(max(1, held // word), threads, word, threads // lanes, 128)
 
 
 def sum_shape(count: int, lanes: int = LANES) -> tuple[int, int]:
@@ -276,8 +279,8 @@ def saved_slices(task: Task) -> int:
     classes = logits.shape[class_dim(logits)]
     rows = logits.numel() // max(classes, 1)
     layout = rows_of(logits)
-    width = int(layout is not None and layout.class_stride == 1)
-    if few_classes_shape(classes, rows, logits.element_size(), width, task.moments, task.weighted) is not None:
+    words = width((logits,), (layout,), classes) if layout is not None else 0
+    if few_classes_shape(classes, rows, logits.element_size(), words, task.moments, task.weighted) is not None:
         return 0
     return slice_count(rows, classes, processor_count(logits.device))
 
@@ -407,7 +410,9 @@ def _run_long_rows(task: Task, arguments: dict[str, Any], rows: int, classes: in
     logits = task.logits
     at_work = rows_at_work(logits, classes)
     tile = tile_shape(logits.element_size(), arguments["WIDTH"], task.moments, task.weighted, at_work == 1)
-    common: dict[str, Any] = dict(PARTS=tile.parts, LANES=tile.lanes, WORD=tile.word, **options(tile.warps))
+    common: dict[str, Any] = dict(
+        PARTS=tile.parts, LANES=tile.lanes, WORD=tile.word, **options(tile.warps, tile.registers)
+    )
     saved = task.saved
     if slices == 1 and not task.saved_known:
         programs = min(rows, processor_count(logits.device) * at_work)
