@@ -32,7 +32,7 @@ ATTACKED = 256  # images
 
 @click.command()
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write all medians to this JSON file.")
-@click.option("--rounds", default=20, show_default=True, help="Epochs of each loss.")
+@click.option("--rounds", default=20, show_default=True, help="Epochs of each loss, and attacks at least.")
 @click.option("--seconds", default=20.0, show_default=True, help="Time spent on the attacks.")
 @click.option("--threads", default=2, show_default=True, help="Threads that torch may use.")
 def main(out: Path | None, rounds: int, seconds: float, threads: int) -> None:
@@ -53,7 +53,7 @@ def main(out: Path | None, rounds: int, seconds: float, threads: int) -> None:
         "ce": lambda: attack(loss="ce"),
         "uniform": lambda: attack(loss=_uniform),
     }
-    times = interleave(runs, seconds=seconds)
+    times = interleave(runs, seconds=seconds, least_rounds=max(2, rounds))
     base = times["F.cross_entropy"].median
     ratios |= {f"PGD-{STEPS}, {name}": times[name].median / base for name in runs if name != "F.cross_entropy"}
     for name, ratio in ratios.items():

@@ -307,13 +307,14 @@ def check_ignored_content(
 @SIZES
 def test_all_rows_ignored(classes: int, backend: str) -> None:
     """The mean of nothing is NaN, as in F.cross_entropy; no gradient comes from it, to tau neither."""
-    z, y = random_logits(3, classes), torch.full((3,), -100)
-    assert_like_torch(z, y, backend)
-    assert_like_torch(z, y, backend, weight=torch.ones(classes))
-    loss, grad, tau_grad = run(z, y, torch.tensor(0.5), distance="uniform", backend=backend)
-    assert loss.isnan()
-    assert not grad.any()
-    assert tau_grad == 0
+    for ignored in (-100, 1):
+        z, y = random_logits(3, classes), torch.full((3,), ignored)
+        assert_like_torch(z, y, backend, ignore_index=ignored)
+        assert_like_torch(z, y, backend, ignore_index=ignored, weight=torch.ones(classes))
+        loss, grad, tau_grad = run(z, y, torch.tensor(0.5), distance="uniform", ignore_index=ignored, backend=backend)
+        assert loss.isnan()
+        assert not grad.any()
+        assert tau_grad == 0
 
 
 def test_all_class_weights_zero(backend: str) -> None:

@@ -19,12 +19,13 @@ TARGETS = {"cuda:80": 163 * 1024, "cuda:90": 227 * 1024, "cuda:100": 227 * 1024,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-def test_ahead_of_time(target: str) -> None:
+def test_ahead_of_time(target: str, request: pytest.FixtureRequest) -> None:
     pytest.importorskip("triton")
     script = Path(__file__).with_name("triton_compile.py")
+    options = ["--all"] if request.config.getoption("--all-cases") else []
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     result = subprocess.run(
-        [sys.executable, str(script), target], capture_output=True, text=True, check=False, env=environment
+        [sys.executable, str(script), target, *options], capture_output=True, text=True, check=False, env=environment
     )
     assert result.returncode == 0, result.stderr[-3000:]
     kernels = [json.loads(line) for line in result.stdout.splitlines()]

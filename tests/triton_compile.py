@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for a GPU that need not be there, and prints what came out of it as JSON.
 
-    python tests/triton_compile.py cuda:90
+    python tests/triton_compile.py cuda:90 [--all]
 
 One line per kernel and configuration of the launch tables: spilled bytes, shared memory, widest global load and store
 in bytes. A script of its own because Triton decides at its import whether it compiles or interprets, and the tests
@@ -30,7 +30,7 @@ from drsl_kernels.backends.triton.steps import label_weights_kernel, sum_kernel
 
 ELEMENTS = {"bf16": 2, "fp32": 4, "fp64": 8}
 ODD = "fp32"  # for which unusual arguments are compiled as well
-THOROUGH = "cuda:90"  # the target on which everything is compiled
+THOROUGH = "cuda:90"  # the target on which more is compiled
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -49,25 +49,26 @@ class Case(NamedTuple):
     registers: int = 0
 
 
-def cases(lanes: int, thorough: bool) -> Iterator[Case]:
-    """What the launch tables ask for; `thorough` adds what a run of unusual arguments compiles."""
+def cases(lanes: int, thorough: bool = False, everything: bool = False) -> Iterator[Case]:
+    """What the launch tables ask for; `thorough` adds some of what unusual arguments compile, `everything` all."""
     losses = {"losses": "*fp64", "denominator": "*fp64", "total": "*fp32"}
     for count in (100, 10**6):
         block, warps = sum_shape(count, lanes)
         yield Case(f"sum {block}", sum_kernel, losses, {"BLOCK": block}, warps, 0)
     weights = {"labels": "*i64", "class_weights": "*fp32", "parts": "*fp64"}
     yield Case("label_weights", label_weights_kernel, weights, {"BLOCK": 1024}, 4, 0)
-    for element in ELEMENTS if thorough else ("bf16", "fp32"):
-        yield from cases_of(element, lanes, thorough)
+    for element in ELEMENTS if thorough or everything else ("bf16", "fp32"):
+        yield from cases_of(element, lanes, thorough, everything)
 
 
-def cases_of(element: str, lanes: int, thorough: bool) -> Iterator[Case]:
+def cases_of(element: str, lanes: int, thorough: bool, everything: bool) -> Iterator[Case]:
     itemsize = ELEMENTS[element]
     acc = "fp64" if itemsize == 8 else "fp32"
     # moments: no class weights, which leaves room for longer rows
     loads = [("light", 0, 1, False), ("heavy", 1, 3, True), ("soft", 0, 6, True), ("moments", 1, 3, False)]
     for load, truth, distance, smooth in loads:
-        if load == "moments" and not thorough:
+        some = ("light", "heavy", "soft") if element != "fp64" else ("light", "heavy")
+        if not (everything or load in some or (load == "moments" and thorough and element == ODD)):
             continue
         moments, weighted = load != "light", load in ("heavy", "soft")
         outputs = {"grad": f"*{element}", "denominator": "*fp64", "losses": "*fp64", "saved": f"*{acc}"}
@@ -96,8 +97,8 @@ def cases_of(element: str, lanes: int, thorough: bool) -> Iterator[Case]:
                     case = Case(f"rows {size} {name}", rows_kernel, present, constants, shape.warps)  # noqa: B023
                     yield case._replace(constants=constants | blocks_of(shape), registers=shape.registers, **others)  # noqa: B023
 
-        grid = [(classes, rows) for classes in (10, 250, 2000, 8000) for rows in (1, 65536)]
-        for aligned in (True, False) if load == "heavy" or (thorough and element == ODD) else (True,):
+        grid = [(10, 1), *((classes, 65536) for classes in (10, 250, 2000, 8000))]
+        for aligned in (True, False) if everything or (load == "heavy" and element != "fp64") else (True,):
             width = 16 // itemsize if aligned else 0
             tile, alone = (tile_shape(itemsize, width, moments, weighted, x, lanes) for x in (False, True))
             constants |= {"WIDTH": width, **blocks_of(tile)}
@@ -115,7 +116,7 @@ def cases_of(element: str, lanes: int, thorough: bool) -> Iterator[Case]:
                 )
         # What a run of other arguments compiles: the mean's labels counted on the spot, classes that are pairs or odd,
         # rows in two dimensions, the loss alone.
-        odd = thorough and element == ODD and load in ("light", "heavy")
+        odd = everything or (thorough and element == ODD and load == "light")
         for width, flat in ((1, True), (1, False), (2, True)) if odd else ():
             tile = tile_shape(itemsize, width, moments, weighted, False, lanes)
             constants |= {"WIDTH": width, "FLAT": flat, "MEAN": 1, **blocks_of(tile)}
@@ -183,11 +184,11 @@ def amd_report(kernel: Any) -> dict[str, int]:
     return {"spilled": spilled, "registers": counts["vgpr_count"], **widths}
 
 
-def main(name: str) -> None:
+def main(name: str, everything: bool) -> None:
     backend, arch = name.split(":")
     target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
     with tempfile.TemporaryDirectory() as folder:
-        for case in cases(target.warp_size, thorough=name == THOROUGH):
+        for case in cases(target.warp_size, name == THOROUGH, everything):
             kernel = compiled(case, target)
             report = nvidia_report(kernel, Path(folder)) if backend == "cuda" else amd_report(kernel)
             facts = {"name": case.name, "wanted": case.bytes_per_access, "stores": "stats_kernel" not in case.name}
@@ -195,4 +196,4 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], "--all" in sys.argv)
