@@ -8,15 +8,19 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Of the thousands of modules that come along only those that are imported are ever compiled, and then for good.
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL = $(PIP) install -q --no-compile -c constraints.txt
+TOOLS := $(VENV)/.tools
 INSTALLED := $(VENV)/.installed
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt drsl_kernels/_version.py $(wildcard csrc/* csrc/*/*)
 CPP_FILES = $$(find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 PYTEST_ARGS ?= -n 2 --maxschedchunk 4
 
+# pip leaves a core idle, on which the sanitized C++ tests can be built meanwhile.
+MAKEFLAGS += -j2
+
 # cmake and ninja may be in the environment only.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install demo test lint format cpp-test docs bench clean
+.PHONY: help install demo test lint format cpp-test sanitized docs bench clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -41,10 +45,12 @@ format: $(INSTALLED) ## Apply the style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_FILES)
 
-cpp-test: $(INSTALLED) ## C++ tests, plain and under AddressSanitizer and UndefinedBehaviorSanitizer
+cpp-test: sanitized $(INSTALLED) ## C++ tests, plain and under AddressSanitizer and UndefinedBehaviorSanitizer
 # The plain tests use the object files of the extension, where it was built.
 	test -e build/extension/build.ninja || cmake -S . -B build/extension -G Ninja -DDRSL_BUILD_EXTENSION=OFF
 	$(call run_ctest,build/extension,-DDRSL_BUILD_TESTS=ON)
+
+sanitized: $(TOOLS)
 	$(call run_ctest,build/sanitized,-DDRSL_BUILD_TESTS=ON -DDRSL_BUILD_EXTENSION=OFF -DDRSL_SANITIZE=ON)
 
 docs: $(INSTALLED) ## Build the documentation into build/docs/
@@ -67,10 +73,14 @@ $(BIN)/python:
 	  { echo "drsl_kernels needs Python 3.10 or later; $(PYTHON) is not: name another with make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
-# --no-build-isolation builds against the torch of this environment, so that comes first.
-$(INSTALLED): $(BIN)/python $(BUILD_INPUTS)
-	$(INSTALL) torch 'setuptools>=77' ninja pybind11
+$(TOOLS): $(BIN)/python
+	$(INSTALL) ninja
 	command -v cmake > /dev/null || $(INSTALL) cmake
+	@touch $@
+
+# --no-build-isolation builds against the torch of this environment, so that comes first.
+$(INSTALLED): $(TOOLS) $(BUILD_INPUTS)
+	$(INSTALL) torch 'setuptools>=77' pybind11
 	$(INSTALL) --no-build-isolation -e '.[lab,test,docs,dev]'
 	@$(BIN)/python -W ignore -c 'import drsl_kernels; print(drsl_kernels.info())'
 	@touch $@
