@@ -28,7 +28,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
 from drsl_kernels.backends.triton.few_classes import rows_kernel
-from drsl_kernels.backends.triton.launch import CACHED as SHARE
+from drsl_kernels.backends.triton.launch import CACHED as AT_WORK_SHARE
 from drsl_kernels.backends.triton.launch import MOST_AT_WORK, few_classes_shape, tile_shape
 from drsl_kernels.backends.triton.many_classes import row_kernel
 
@@ -41,7 +41,7 @@ SCHEDULERS = 4  # of a processor, each issues one instruction of a warp per cycl
 MUFU_CYCLES = 8  # of a scheduler for one warp's exponentials, logarithms or reciprocals
 REGISTERS, WARPS, SHARED = 65536, 64, 228 * 1024  # of a processor
 REACHED = 0.9  # of the bandwidth, by a copy
-CACHED = 0.6  # of the cache holds what is wanted of it
+CACHED = 0.6  # of the cache holds what is wanted of it: a guess
 
 SHAPES = [
     *((n, c, d) for n, c in ((2**23, 10), (2**20, 100), (2**17, 1000)) for d in ("fp32", "bf16")),
@@ -75,7 +75,7 @@ class Prediction:
     kernel: str
     registers: int
     programs_per_processor: int
-    kilobytes_in_flight: float  # of a processor; bandwidth times 0.7 us is 26
+    kilobytes_in_flight: float  # of a processor, before anything is computed; bandwidth times 0.7 us is 26
     instructions_per_element: float
     mufu_per_element: float
     memory: float
@@ -84,12 +84,12 @@ class Prediction:
 
     @property
     def at_best(self) -> float:
-        """All perfectly overlapped."""
+        """All perfectly overlapped, and no wait that other warps do not hide."""
         return max(self.memory, self.issue, self.mufu)
 
     @property
     def at_worst(self) -> float:
-        """Nothing overlapped."""
+        """The memory and the processor take turns."""
         return self.memory + max(self.issue, self.mufu)
 
 
@@ -119,7 +119,7 @@ def case_of(rows: int, classes: int, dtype: str) -> tuple[Case, int]:
 
 def at_work(row_bytes: int) -> int:
     """`rows_at_work` of launch.py, for this processor."""
-    return max(1, min(MOST_AT_WORK, int(SHARE * CACHE / PROCESSORS / row_bytes)))
+    return max(1, min(MOST_AT_WORK, int(AT_WORK_SHARE * CACHE / PROCESSORS / row_bytes)))
 
 
 def loops_of(cubin: bytes) -> tuple[list[Loop], int]:
@@ -188,6 +188,8 @@ def predict(rows: int, classes: int, dtype: str) -> Prediction:
     word = case.constants["WORD"] * ITEMSIZE[dtype]
     copy = 2 * rows * row_bytes / (REACHED * BANDWIDTH)
 
+    # Labels: 8 bytes a row, and as many for the kernel that counts them beforehand.
+    labels = 16 / row_bytes
     # The second sweep begins where the first ended, and finds in the cache what other rows at work leave of it.
     again = 0.0
     if not whole_rows:
@@ -197,7 +199,8 @@ def predict(rows: int, classes: int, dtype: str) -> Prediction:
     scheduled = tiles * case.warps / (PROCESSORS * SCHEDULERS * CLOCK)
     issue = scheduled * sum(loop.instructions for loop in loops)
     mufu = scheduled * sum(loop.mufu for loop in loops) * MUFU_CYCLES
-    lanes = tiles * case.warps * 32 / (rows * classes)
+    per_element = tiles * case.warps * 32 / (rows * classes)
+    lanes = case.constants["PARTS"] * case.constants["LANES"] * case.constants["WORD"] / classes  # padding of a row
     return Prediction(
         rows,
         classes,
@@ -205,10 +208,10 @@ def predict(rows: int, classes: int, dtype: str) -> Prediction:
         case.name,
         registers,
         programs,
-        round(case.constants["PARTS"] * word * 32 * case.warps * programs / 1024, 1),
-        round(lanes * sum(loop.instructions for loop in loops), 2),
-        round(lanes * sum(loop.mufu for loop in loops), 2),
-        round((2 + again) / 2, 2),
+        round(case.constants["PARTS"] * word * 32 * case.warps * programs / 1024 / (lanes if whole_rows else 1), 1),
+        round(per_element * sum(loop.instructions for loop in loops), 2),
+        round(per_element * sum(loop.mufu for loop in loops), 2),
+        round((2 + again + labels) / 2, 2),
         round(issue / copy, 2),
         round(mufu / copy, 2),
     )

@@ -133,14 +133,17 @@ DRSL_FN RowStats<T> merge(const RowStats<T>& x, const RowStats<T>& y) {
   const T drop_x = drop(x.max, max), drop_y = drop(y.max, max);
   const T fx = exp_(-drop_x), fy = exp_(-drop_y);
   const T count = x.count + y.count;
-  const T share = select(count == T(0), T(0), y.count / count);
+  const T share_x = select(count == T(0), T(0), x.count / count), share = select(count == T(0), T(0), y.count / count);
   const T depth_x = x.depth + drop_x, depth_y = y.depth + drop_y;
   const T step = depth_y - depth_x, between = x.count * share;
+  // The depths may be infinite, and step^2 may overflow.
+  const T squared = select(depth_x == infinity<T>(), infinity<T>(), step * step * between);
+  const T spread = select(between == T(0), T(0), squared);
   return {max,
           x.sum_exp * fx + y.sum_exp * fy,
           x.sum_exp2 * (fx * fx) + y.sum_exp2 * (fy * fy),
-          depth_x + step * share,
-          x.variance + y.variance + select(between == T(0), T(0), step * step * between),  // step^2 may overflow
+          depth_x * share_x + depth_y * share,
+          x.variance + y.variance + spread,
           count};
 }
 
@@ -295,7 +298,7 @@ DRSL_FN RowLoss<T> row_loss(const LossParams<Scalar<T>>& params, const RowStats<
   }
   const T cross_entropy = params.soft ? value : odds.softplus;
   const T penalty_weight = params.soft ? T(1) : in.weight;
-  const T strength = in.tau * penalty_weight;
+  const T strength = select(in.tau == T(0), T(0), in.tau * penalty_weight);
   const auto off = strength == T(0);  // 0 * inf is not a penalty
   value = value + select(off, T(0), strength * dist.value);
   // Not every term reads delta, and a maximum may pass over a NaN: what the row reports must be NaN all the same.
@@ -306,7 +309,8 @@ DRSL_FN RowLoss<T> row_loss(const LossParams<Scalar<T>>& params, const RowStats<
 
   const T label_or_zero = select(abs_(label) < infinity<T>(), T(0), nan);
   // Probability of a masked class is an infinite loss, even where nothing else is left.
-  const T lost = label_or_zero + (params.soft ? select(in.rest_depth == infinity<T>(), infinity<T>(), T(0)) : T(0));
+  const T rest_loss = select(in.rest_weight == T(0), in.rest_depth, in.rest_weight * in.rest_depth);
+  const T lost = label_or_zero + (params.soft ? select(abs_(rest_loss) < infinity<T>(), T(0), rest_loss) : T(0));
   RowLoss<T> out;
   out.loss = select(alone, lost, value);
   out.cross_entropy = select(alone, lost, cross_entropy);

@@ -32,6 +32,7 @@ class RowStats(NamedTuple):
         kappa: log sum_R exp(z_k) - mean_R z.
         variance: sum_R (z_k - mean_R z)^2.
         depth: max_R z - mean_R z.
+        log_total: log sum_R exp(z_k - max_R z).
         rest: number of classes in R.
         margin: z_y - max_R z.
         label: z_y.
@@ -42,6 +43,7 @@ class RowStats(NamedTuple):
     kappa: Tensor
     variance: Tensor
     depth: Tensor
+    log_total: Tensor
     rest: Tensor
     margin: Tensor
     label: Tensor
@@ -131,6 +133,7 @@ def row_stats(z: Tensor, y: Tensor, scale: float = 1.0, margin: float = 0.0) -> 
         kappa=depth + log_total,
         variance=from_mean.square().sum(-1),
         depth=depth,
+        log_total=log_total,
         rest=count,
         margin=(label - top).masked_fill(delta.isnan(), torch.nan),
         label=label,
@@ -189,11 +192,12 @@ def _weighted_cross_entropy(z: Tensor, y: Tensor, weights: Tensor, others: Tenso
     # -log softmax(z)_k = (log-sum-exp of the rest - M) + (M - z_k) + softplus(-delta), or z_y - z_k without a rest
     alone = stats.rest == 0
     top = z.masked_fill(~_rest_of(z, y), -torch.inf).amax(-1).detach().masked_fill(alone, 0.0)
-    level = _where(alone, stats.label, stats.kappa - stats.depth - logsigmoid(stats.delta))
-    terms = weights * (level.unsqueeze(-1) + (top.unsqueeze(-1) - z))
+    level = _where(alone, stats.label, stats.log_total - logsigmoid(stats.delta))
+    # Both factors of what is left out are set to 0: it must not come back as 0 * inf in a gradient.
+    costs = (level.unsqueeze(-1) + (top.unsqueeze(-1) - z)).masked_fill(~others, 0.0)
     label_weight = weights.gather(-1, y.unsqueeze(-1)).squeeze(-1)
-    label_term = (label_weight * label_term).masked_fill(label_weight == 0.0, 0.0)
-    return label_term + terms.masked_fill(~others, 0.0).sum(-1)
+    label_term = label_term.masked_fill((label_weight == 0.0) & label_term.isinf(), 0.0)
+    return label_weight * label_term + (weights.masked_fill(~others, 0.0) * costs).sum(-1)
 
 
 def _where(condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -216,7 +220,7 @@ def _rest_of(z: Tensor, y: Tensor) -> Tensor:
 
 def _defined(loss: Tensor, stats: RowStats, spec: LossSpec) -> Tensor:
     """A row without a rest has loss 0 (NaN if its label is not finite), but for probabilities of masked classes."""
-    alone = loss.masked_fill(~loss.isinf(), 0.0) if spec.soft else torch.zeros_like(loss)
+    alone = loss.masked_fill(loss.isfinite(), 0.0) if spec.soft else torch.zeros_like(loss)
     alone = alone.masked_fill(~stats.label.isfinite(), torch.nan)
     return _where(stats.rest > 0, loss, alone)
 

@@ -233,7 +233,8 @@ def check_tensors(logits: object, y: object, tau: object, weight: object, spec: 
     if spec.soft:
         _check_soft_target(logits, y)
     else:
-        _check_target_shape(logits, y)
+        if not y.is_complex():
+            _check_target_shape(logits, y)
         if y.dtype not in (torch.int64, torch.uint8):
             raise RuntimeError(f"y must hold class indices of dtype int64, or class probabilities, got {y.dtype}")
     if y.device != logits.device:
@@ -324,6 +325,8 @@ def check_tau_value(tau: object) -> None:
         return
     if not tau.is_floating_point():
         raise TypeError(f"tau must be of a floating dtype, got {tau.dtype}")
+    if tau.layout != torch.strided or tau.is_nested:
+        raise TypeError(f"tau must be a dense tensor, got a {'nested' if tau.is_nested else tau.layout} one")
     if tau.device.type == "cpu" and _is_concrete(tau) and not torch.isfinite(tau).all():
         first = tau.detach()[~torch.isfinite(tau.detach())].flatten()[0].item()
         raise ValueError(f"tau must be finite, got {first!r}")

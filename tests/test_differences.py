@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from cases import random_labels, random_logits
 
+import drsl_kernels
 from drsl_kernels import DRSLLoss, fused_drsl_loss, softmax_loss
 
 ROWS, CLASSES = 4, 5
@@ -91,6 +92,16 @@ def test_names_and_positions() -> None:
     assert by_position == ["logits", "y", "tau"]
     with pytest.raises(TypeError, match="input"):
         fused_drsl_loss(input=torch.zeros(1, 2), target=torch.zeros(1, dtype=torch.int64), tau=0.0)  # type: ignore[call-overload]
+
+
+def test_what_is_not_there() -> None:
+    """z-loss, a scale or a soft cap of all logits, a linear layer in front, classes spread over processes."""
+    names = {
+        name.lower() for function in (fused_drsl_loss, softmax_loss) for name in inspect.signature(function).parameters
+    }
+    absent = ("z_loss", "lse", "cap", "logit_scale", "hidden", "process_group")
+    assert not [name for name in names for word in absent if word in name]
+    assert not hasattr(drsl_kernels, "fused_linear_drsl_loss")
 
 
 @pytest.mark.parametrize(("value", "error"), [(torch.tensor(0.1), TypeError), (True, TypeError), (-0.1, RuntimeError)])

@@ -179,6 +179,24 @@ def test_all_classes_masked(classes: int, backend: str) -> None:
     assert not grad[[0, 2]].isnan().any()
 
 
+@pytest.mark.parametrize("classes", [5, 350, 9001, 20001])
+def test_masked_by_the_least_number(classes: int, backend: str) -> None:
+    """finfo.min in place of -inf: huge or, where a sum overflows, infinite, in whatever parts a row is summed."""
+    z, y = random_logits(3, classes), torch.tensor([0, classes - 1, 1])
+    z[:, classes // 4 : classes // 2 + 1] = torch.finfo(torch.float32).min
+    for arguments in ({"label_smoothing": 0.1}, {"distance": "kl"}):
+        losses, grad, _ = run(z, y, 0.1, reduction="none", backend=backend, **arguments)
+        assert (losses > 1e35).all()
+        assert not grad.isnan().any()
+
+
+def test_infinite_weight_without_a_penalty(backend: str) -> None:
+    z, y = random_logits(2, 3), torch.tensor([0, 1])
+    weight = torch.tensor([INF, 1.0, 1.0])
+    losses, _, _ = run(z, y, 0.0, distance="uniform", weight=weight, reduction="none", backend=backend)
+    torch.testing.assert_close(losses, F.cross_entropy(z, y, weight, reduction="none"))
+
+
 @SIZES
 def test_nothing_but_smoothing(classes: int, backend: str) -> None:
     """With label_smoothing = 1 the label counts as any class: 0 * inf of what is not left of it would be NaN."""

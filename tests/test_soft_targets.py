@@ -212,6 +212,36 @@ def test_gradient_of_an_infinite_loss(classes: int, backend: str) -> None:
     torch.testing.assert_close(*gradients)
 
 
+def test_gradient_of_probabilities_with_masked_classes(backend: str) -> None:
+    """Finite where the loss is: a class that is not there costs nothing, and teaches nothing."""
+    z = torch.tensor([[0.0, -torch.inf, 2.0], [0.0, 1.0, 2.0], [0.0, -torch.inf, 2.0]])
+    q = torch.tensor([[0.5, 0.0, 0.5], [0.0, 0.0, 0.0], [0.3, 0.5, 0.2]], requires_grad=True)
+    losses = fused_drsl_loss(z, q, 0.0, reduction="none", backend=backend)
+    got = torch.autograd.grad(losses.sum(), q)[0]
+    want = torch.autograd.grad(F.cross_entropy(z, q, reduction="sum"), q)[0]
+    assert want[0, 1].isinf()
+    want[0, 1] = 0.0
+    torch.testing.assert_close(got, want)
+    teacher = z[0].clone().requires_grad_()
+    fused_drsl_loss(z[0], teacher.softmax(0), 0.0, backend=backend).backward()
+    assert teacher.grad is not None
+    assert teacher.grad.isfinite().all()
+
+
+def test_sign_of_an_infinite_loss(backend: str) -> None:
+    """With weights below 0 a masked class gains infinitely much; gains and losses together are NaN."""
+    z = torch.tensor([[0.0, 1.0, -torch.inf], [2.0, -torch.inf, -torch.inf], [2.0, -torch.inf, -torch.inf]])
+    q = torch.tensor([[0.2, 0.8, -0.5], [-0.1, -0.6, 0.0], [0.3, -0.5, 0.2]])
+    leaf, other = z.clone().requires_grad_(), z.clone().requires_grad_()
+    losses = fused_drsl_loss(leaf, q, 0.0, reduction="none", backend=backend)
+    assert [losses[0].item(), losses[1].item()] == [-torch.inf, -torch.inf]
+    assert losses[2].isnan()
+    theirs = F.cross_entropy(other, q, reduction="sum")
+    for keep_graph in (False, True):
+        got = torch.autograd.grad(losses.sum(), leaf, create_graph=keep_graph, retain_graph=True)[0]
+        torch.testing.assert_close(got, torch.autograd.grad(theirs, other, retain_graph=True)[0])
+
+
 def test_masked_tiles_of_long_rows(backend: str) -> None:
     z, q = random_logits(2, 9000), torch.zeros(2, 9000)
     z[:, 1000:8500] = -torch.inf

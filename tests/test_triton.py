@@ -67,8 +67,8 @@ def test_long_rows_in_every_dtype(rows: int, dtype: str) -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_programs_that_go_on_to_further_long_rows(reduction: str) -> None:
-    """Two programs to each of 4 processors."""
-    rows, classes = 19, 9001
+    """Two programs to each of 4 processors, and nearly three rows for each."""
+    rows, classes = 23, 9001
     assert launch.rows_at_work(torch.empty(0), classes) == 2
     z, y = random_logits(rows, classes), random_labels(rows, classes=classes)
     y[11] = -100
@@ -282,6 +282,27 @@ def test_a_gradient_that_is_right_is_left_alone(classes: int, rows: int) -> None
         launch.run(task)
         want = 0.5 * loss_and_gradient(z, y, 0.3, distance="uniform")[1]
         torch.testing.assert_close(task.grad.double(), want, atol=1e-7, rtol=1e-5)
+
+
+def test_slices_are_not_read_again_where_the_gradient_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    skips = []
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            def start(*arguments: Any, **keywords: Any) -> None:
+                skips.append(keywords["SKIP"])
+                self.kernel[grid](*arguments, **keywords)
+
+            return start
+
+    for name in ("stats_kernel", "gradient_kernel"):
+        monkeypatch.setattr(launch, name, Recorder(getattr(launch, name)))
+    z, y = random_logits(2, 40000).requires_grad_(), random_labels(2, classes=40000)
+    softmax_loss(z, y, distance="uniform", tau=0.3, backend="triton").backward()
+    assert skips == [False, False, True, True]
 
 
 def test_width_of_words() -> None:

@@ -113,7 +113,7 @@ struct Moments {
 template <class V>
 DRSL_FN Moments<V> corrected_moments(V max, V mean, V deviations, V squares, V count) {
   const V n = select(count > V(1), count, V(1));
-  const V drift = deviations / n;
+  const V drift = select(abs_(deviations) < infinity<V>(), deviations / n, V(0));  // it may overflow
   return {(max - mean) - drift, select(squares == infinity<V>(), squares, squares - deviations * drift)};
 }
 
@@ -176,7 +176,7 @@ template <class S>
 DRSL_FN WeightedShare<S> weighted_share(Vec<S> u, Vec<S> v, Vec<S> max, bool soft) {
   const Vec<S> zero(S(0));
   const Mask<S> present = v != -infinity<Vec<S>>();
-  const Vec<S> masked = soft ? select(u == zero, zero, infinity<Vec<S>>()) : zero;
+  const Vec<S> masked = soft ? select(u == zero, zero, u * infinity<Vec<S>>()) : zero;
   return {soft ? u : select(present, u, zero), select(present, u * (max - v), masked)};
 }
 

@@ -91,7 +91,8 @@ DRSL_DEVICE Part<S> group_stats(const Call<D>& call, const LaneClasses<D, L, E>&
   if constexpr (Terms::kSquares) part.stats.sum_exp2 = group_sum<L>(sum2);
   if constexpr (Terms::kMoments) {
     // The sum of the deviations from a rounded mean corrects the rounding.
-    const S deviations = group_sum<L>(steps), drift = deviations / (count > S(1) ? count : S(1));
+    const S deviations = group_sum<L>(steps), mean_of_them = deviations / (count > S(1) ? count : S(1));
+    const S drift = abs_(deviations) < infinity<S>() ? mean_of_them : S(0);  // it may overflow
     part.stats.depth = count == S(0) ? S(0) : (max - mean) - drift;
     const S spread = group_sum<L>(squares);
     part.stats.variance = spread == infinity<S>() ? spread : spread - deviations * drift;

@@ -73,7 +73,7 @@ DRSL_DEVICE Part<S> merge_warp(Part<S> part) {
 // What a masked class of weight u adds to sum u_k (M - z_k): that of a class probability costs infinitely much.
 template <class S>
 DRSL_DEVICE S masked_depth(S u, bool soft) {
-  return soft && u != S(0) ? infinity<S>() : S(0);
+  return soft && u != S(0) ? u * infinity<S>() : S(0);
 }
 
 // Add N logits to a part: one exponential each, and one for what was there. Classes at -inf are not in the rest; so
@@ -121,9 +121,11 @@ DRSL_DEVICE void take(Part<S>& part, const S (&z)[N], const S (&u)[N], bool soft
     }
     const S total = stats.count + count, share = total == S(0) ? S(0) : count / total;
     const S before = stats.depth + deeper, step = depth - before;
-    stats.depth = before + step * share;
+    stats.depth = total == S(0) ? S(0) : before * (stats.count / total) + depth * share;
     const S between = stats.count * share;
-    stats.variance += variance + (between == S(0) ? S(0) : step * step * between);  // step^2 may overflow
+    // The depths may be infinite, and step^2 may overflow.
+    const S squared = before == infinity<S>() ? before : step * step * between;
+    stats.variance += variance + (between == S(0) ? S(0) : squared);
     if constexpr (Terms::kWeightedMean) {
       part.weighted_depth += part.weight * deeper;
       DRSL_UNROLL

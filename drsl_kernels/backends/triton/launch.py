@@ -321,7 +321,7 @@ def run(task: Task) -> None:
         "tau": task.tau,
         "upstream": task.upstream,
         "parts": parts,
-        "denominator": None if task.denominator_known else task.denominator,
+        "denominator": None if task.denominator_known or parts is task.denominator else task.denominator,
         "grad": grad,
         "losses": losses,
         "row_losses": task.row_losses,
@@ -401,8 +401,9 @@ def _denominator_parts(task: Task, rows: int, classes: int, programs: int) -> tu
 
 
 STATS_ARGUMENTS = (
-    *("logits", "labels", "class_weights", "rows", "classes", "ignore_index"),
-    *("inner", "outer_stride", "inner_stride", "class_stride", "DISTANCE", "SMOOTH", "SOFT", "FLAT", "WIDTH", "ACC"),
+    *("logits", "labels", "class_weights", "upstream", "rows", "classes", "ignore_index"),
+    *("inner", "outer_stride", "inner_stride", "class_stride"),
+    *("DISTANCE", "SMOOTH", "SOFT", "SKIP", "FLAT", "WIDTH", "ACC"),
 )
 
 
@@ -415,7 +416,9 @@ def _run_long_rows(task: Task, arguments: dict[str, Any], rows: int, classes: in
     )
     saved = task.saved
     if slices == 1 and not task.saved_known:
-        programs = min(rows, processor_count(logits.device) * at_work)
+        most = processor_count(logits.device) * at_work
+        # Where many would have nothing to do in the last turn, all rows are at work together.
+        programs = most if rows >= 0.9 * triton.cdiv(rows, most) * most else rows
         row_kernel[(programs,)](**arguments, saved=saved, **common)
         return
     if not task.saved_known:

@@ -313,6 +313,7 @@ def stats_kernel(
     logits,
     labels,  # int64 (rows,)
     class_weights,  # ACC (classes,) or None; with SOFT (rows, classes)
+    upstream,  # with SKIP: ACC, the upstream gradient
     saved,  # out: ACC (rows, slices, SAVED)
     rows: tl.int64,
     classes: tl.int64,
@@ -326,6 +327,7 @@ def stats_kernel(
     DISTANCE: tl.constexpr,
     SMOOTH: tl.constexpr,
     SOFT: tl.constexpr,
+    SKIP: tl.constexpr,  # return at once where the upstream gradient is 1
     FLAT: tl.constexpr,
     WIDTH: tl.constexpr,
     ACC: tl.constexpr,
@@ -333,6 +335,9 @@ def stats_kernel(
     LANES: tl.constexpr,
     WORD: tl.constexpr,
 ):
+    if SKIP:
+        if tl.load(upstream) == 1.0:
+            return
     SQUARES: tl.constexpr = needs_squares(DISTANCE)
     WEIGHTED: tl.constexpr = SMOOTH and class_weights is not None
     MOMENTS: tl.constexpr = needs_moments(DISTANCE) or SMOOTH

@@ -165,7 +165,7 @@ def row_stats_of(
             U = summed(share)
             cost = share * below
             if SOFT:
-                cost = tl.where(present | (u == 0.0), cost, float("inf"))
+                cost = tl.where(present | (u == 0.0), cost, u * float("inf"))
             weighted_depth = summed(cost)
     return M, A1, A2, h, V, n, U, weighted_depth
 
@@ -210,12 +210,16 @@ def merge(x, y, SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.const
     U = n
     d = d_x
     if MOMENTS:
-        share = n_y / tl.where(n > 1.0, n, 1.0)
+        inverse = 1.0 / tl.where(n > 1.0, n, 1.0)
+        share = n_y * inverse
         depth_x = h_x + drop_x
-        step = (h_y + drop_y) - depth_x
-        h = depth_x + step * share
+        depth_y = h_y + drop_y
+        h = depth_x * (n_x * inverse) + depth_y * share
+        step = depth_y - depth_x
         between = n_x * share
-        V = V_x + V_y + tl.where(between == 0.0, 0.0, step * step * between)  # step^2 may overflow
+        # The depths may be infinite, and step^2 may overflow.
+        squared = tl.where(depth_x == float("inf"), depth_x, step * step * between)
+        V = V_x + V_y + tl.where(between == 0.0, 0.0, squared)
         if WEIGHTED:
             U = U_x + U_y
             d = (d_x + U_x * drop_x) + (d_y + U_y * drop_y)
@@ -242,7 +246,9 @@ def merge_all(parts, SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.
         depth_i = h_i + drop_i
         h = tl.sum(n_i * depth_i, axis=0) / tl.where(n > 1.0, n, 1.0)
         step = depth_i - h
-        V = tl.sum(V_i + tl.where(n_i == 0.0, 0.0, n_i * (step * step)), axis=0)  # step^2 may overflow
+        # The depths may be infinite, and step^2 may overflow.
+        squared = tl.where(depth_i == float("inf"), depth_i, n_i * (step * step))
+        V = tl.sum(V_i + tl.where(n_i == 0.0, 0.0, squared), axis=0)
         if WEIGHTED:
             U = tl.sum(U_i, axis=0)
             d = tl.sum(d_i + U_i * drop_i, axis=0)
@@ -374,13 +380,14 @@ def row_loss(
         F_delta = own * w - F_mean * p
         F_sum = (own + F_mean) * w
         if SOFT:
-            lost = tl.where(rest_depth == inf, inf, 0.0)
+            rest_loss = tl.where(U == 0.0, rest_depth, U * rest_depth)
+            lost = tl.where(tl.abs(rest_loss) < inf, 0.0, rest_loss)
     cross_entropy = softplus
     penalty_weight = weight
     if SOFT:
         cross_entropy = value
         penalty_weight = tl.zeros_like(weight) + 1.0
-    strength = tau * penalty_weight
+    strength = tl.where(tau == 0.0, 0.0, tau * penalty_weight)
     value += tl.where(strength == 0.0, 0.0, strength * D)  # 0 * inf is not a penalty
     # Not every term reads delta, and a maximum may pass over a NaN: what the row reports must be NaN all the same.
     poison = tl.where(delta == delta, 0.0, nan)
