@@ -18,6 +18,13 @@
 
 namespace check {
 
+// The sanitizers make a test ten times slower: the longest then run a share of their cases.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kSanitized = true;
+#else
+constexpr bool kSanitized = false;
+#endif
+
 inline int64_t total = 0, failures = 0;
 
 // Counts a failure; true for the first few, which are printed.
