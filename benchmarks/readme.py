@@ -22,7 +22,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 @click.option("--check", is_flag=True, help="Change nothing; fail if a table is not up to date.")
 def main(check: bool) -> None:
     """Write the tables of README.md and docs/speed.md from benchmarks/results/."""
-    readme = {"demo": demo_table(), "ratios": ratio_table(), "targets": target_table()}
+    readme = {"demo": demo_table(), "ratios": ratio_table(), "targets": target_table(), "loop": loop_table()}
     for name, tables in {"README.md": readme, "docs/speed.md": {"prediction": prediction_table()}}.items():
         path = ROOT / name
         old = path.read_text()
@@ -94,6 +94,15 @@ def target_table() -> str:
     for what, some in kinds.items():
         lines.append(_row([what, "; ".join(map(_target, some))]))
     return "\n".join(lines) + "\n"
+
+
+def loop_table() -> str:
+    """An epoch of training and an attack over the same with F.cross_entropy."""
+    result = json.loads((RESULTS / "cpu_loop.json").read_text())
+    lines = [_row(["time of", "over that with `F.cross_entropy`"]), _row(["---", "---:"])]
+    lines += [_row([what, f"{ratio:.2f}"]) for what, ratio in result["ratios"].items()]
+    where = f"{result['processor']}, {result['threads']} threads, torch {result['torch']}, {result['date'][:10]}"
+    return "\n".join(lines) + f"\n\n{where}, commit {result['commit']}.\n"
 
 
 def prediction_table() -> str:

@@ -32,7 +32,7 @@ MOST = {BASE: 10**8, REFERENCE: 10**7, COMPILED: 10**8}
 @click.command()
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="File for the medians.")
 @click.option("--seconds", default=1.0, show_default=True, help="Time spent on each point.")
-@click.option("--points", default=99, show_default=True, help="How many points of each sweep, from the smallest.")
+@click.option("--points", default=999, show_default=True, help="How many points of each sweep, from the smallest.")
 @click.option("--compiled/--no-compiled", default=True, show_default=True, help="Time torch.compile as well.")
 def main(out: Path, seconds: float, points: int, compiled: bool) -> None:
     """Time our loss, PyTorch's and a copy over the sweeps."""
