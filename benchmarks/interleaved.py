@@ -21,6 +21,7 @@ class Timing:
     median: float
     low: float  # first decile
     high: float  # last decile
+    over_first: float  # median over the rounds of the ratio to the first contender's sample of the round
 
 
 def interleave(
@@ -48,7 +49,8 @@ def interleave(
             round_number += 1
     finally:
         gc.enable()
-    return {name: _summary(values) for name, values in samples.items()}
+    first = next(iter(samples.values()))
+    return {name: _summary(values, first) for name, values in samples.items()}
 
 
 def _sample(run: Callable[[], object], calls: int) -> float:
@@ -64,6 +66,7 @@ def _calls_per_sample(run: Callable[[], object]) -> int:
     return max(1, int(5e-4 / max(_sample(run, 3), 1e-7)))
 
 
-def _summary(values: list[float]) -> Timing:
+def _summary(values: list[float], first: list[float]) -> Timing:
     deciles = statistics.quantiles(values, n=10)
-    return Timing(statistics.median(values), deciles[0], deciles[-1])
+    ratios = [value / base for value, base in zip(values, first, strict=True)]
+    return Timing(statistics.median(values), deciles[0], deciles[-1], statistics.median(ratios))
