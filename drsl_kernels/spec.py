@@ -325,8 +325,7 @@ def check_tau_value(tau: object) -> None:
         return
     if not tau.is_floating_point():
         raise TypeError(f"tau must be of a floating dtype, got {tau.dtype}")
-    if tau.layout != torch.strided or tau.is_nested:
-        raise TypeError(f"tau must be a dense tensor, got a {'nested' if tau.is_nested else tau.layout} one")
+    _check_tensor("tau", tau)
     if tau.device.type == "cpu" and _is_concrete(tau) and not torch.isfinite(tau).all():
         first = tau.detach()[~torch.isfinite(tau.detach())].flatten()[0].item()
         raise ValueError(f"tau must be finite, got {first!r}")

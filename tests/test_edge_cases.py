@@ -188,6 +188,8 @@ def test_masked_by_the_least_number(classes: int, backend: str) -> None:
         losses, grad, _ = run(z, y, 0.1, reduction="none", backend=backend, **arguments)
         assert (losses > 1e35).all()
         assert not grad.isnan().any()
+    losses = softmax_loss(z, y, distance="non_target_logits", tau=0.1, reduction="none", backend=backend)
+    assert (losses > 1e35).all()
 
 
 def test_infinite_weight_without_a_penalty(backend: str) -> None:

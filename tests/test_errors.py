@@ -36,6 +36,12 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "tau_matrix": ({"tau": torch.zeros(ROWS, 1)}, ValueError, r"tau must have shape .*, got \(4, 1\)"),
     "tau_integer_tensor": ({"tau": torch.tensor(1)}, TypeError, "tau must be of a floating dtype, got torch.int64"),
     "tau_complex": ({"tau": torch.tensor(1j)}, TypeError, "tau must be of a floating dtype, got torch.complex64"),
+    "tau_sparse": ({"tau": torch.zeros(ROWS).to_sparse()}, TypeError, "tau must be a dense tensor, got a torch.sparse"),
+    "y_complex": (
+        {"y": torch.zeros(ROWS, CLASSES, dtype=torch.complex64)},
+        RuntimeError,
+        "y must hold class indices .*, got torch.complex64",
+    ),
     "tau_string": ({"tau": "0.5"}, TypeError, "tau must be a number, got '0.5'"),
     "tau_none": ({"tau": None}, TypeError, "tau must be a number, got None"),
     "tau_list": ({"tau": [0.1] * ROWS}, TypeError, r"tau must be a number, got \[0.1"),
