@@ -191,11 +191,10 @@ DRSL_FN T difference_error(T x, T y, T rounded) {
 }
 
 template <class T>
-DRSL_FN Odds<T> label_odds(const RowStats<T>& rest, T label, T scale, T margin) {
+DRSL_FN Odds<T> label_odds(const RowStats<T>& rest, T log_sum, T label, T scale, T margin) {
   const T scaled = scale * label;
   const T target = scaled - margin;
   const T gap = rest.max - target;
-  const T log_sum = log_(rest.sum_exp);
   const T delta = gap + log_sum;
   const T low = difference_error(rest.max, target, gap) - difference_error(scaled, margin, target) +
                 difference_error(gap, -log_sum, delta);
@@ -274,10 +273,11 @@ DRSL_FN RowLoss<T> row_loss(const LossParams<Scalar<T>>& params, const RowStats<
   const T label = select(in.label_logit == infinity<T>(), nan, in.label_logit);
   const T sum_exp = select(alone, T(1), rest.sum_exp);
   const T rho = rest.sum_exp2 / (sum_exp * sum_exp);
-  const T kappa = rest.depth + log_(sum_exp);
+  const T log_sum = log_(rest.sum_exp), log_some = select(alone, T(0), log_sum);
+  const T kappa = rest.depth + log_some;
   const T n = select(rest.count > T(1), rest.count, T(1));
 
-  const Odds<T> odds = label_odds(rest, label, T(params.scale), T(params.margin));
+  const Odds<T> odds = label_odds(rest, log_sum, label, T(params.scale), T(params.margin));
   const TruthTerm<T> truth = truth_term(params, odds);
   const DistanceTerm<T> dist = distance_term(params.distance, odds, rho, kappa, rest.variance, rest.count);
 
@@ -289,7 +289,7 @@ DRSL_FN RowLoss<T> row_loss(const LossParams<Scalar<T>>& params, const RowStats<
     share = params.soft ? T(1) : e / (rest.count + T(1));
     const T own = params.soft ? in.weight : (T(1) - e) * in.weight + share * in.weight;
     // sum u_k (-log p_k), of terms that do not cancel. The label at -inf makes -log p inf, and 0 inf is no loss.
-    const T others = in.rest_weight * (in.rest_depth + log_(sum_exp) + odds.softminus);
+    const T others = in.rest_weight * (in.rest_depth + log_some + odds.softminus);
     value =
         select(own == T(0), T(0), own * truth.value) + share * select(in.rest_weight == T(0), in.rest_depth, others);
     d_mean = share * in.rest_weight;

@@ -137,7 +137,6 @@ struct BlockLabels {
 template <class S>
 DRSL_FN BlockLabels<S> block_labels(const CallInfo<S>& call, int64_t first, int64_t n) {
   constexpr int kLanes = Vec<S>::kLanes;
-  using Int = typename Vec<S>::Int;
   const int64_t ignore = call.task.ignore_index;
   const int64_t* labels = call.task.labels + first;
   int64_t filled[kLanes];
@@ -145,10 +144,16 @@ DRSL_FN BlockLabels<S> block_labels(const CallInfo<S>& call, int64_t first, int6
     for (int i = 0; i < kLanes; ++i) filled[i] = i < n ? labels[i] : ignore;
     labels = filled;
   }
-  Int number[kLanes], valid[kLanes];
-  for (int i = 0; i < kLanes; ++i) {
-    valid[i] = labels[i] == ignore ? Int(0) : Int(-1);
-    number[i] = Int(labels[i]) & valid[i];
+  using Labels = LaneTypes<double>::Bits;  // of int64, so that float takes two of them
+  using Part = typename LaneTypes<S>::LabelPart;
+  constexpr int kParts = kLanes / Vec<double>::kLanes;
+  Part number[kParts], valid[kParts];
+  for (int i = 0; i < kParts; ++i) {
+    Labels part;
+    memcpy(&part, labels + i * Vec<double>::kLanes, sizeof(part));
+    const Labels counts = part != ignore;
+    number[i] = __builtin_convertvector(part & counts, Part);
+    valid[i] = __builtin_convertvector(counts, Part);
   }
   BlockLabels<S> result;
   memcpy(&result.number, number, sizeof(number));

@@ -19,14 +19,15 @@ bool use_tiles(const Task& t) {
   return t.classes <= kTileClasses || t.layout.logits_class_stride != 1 || (t.grad && t.layout.grad_class_stride != 1);
 }
 
-template <class S>
-int64_t scratch_elements(const Task& t) {
-  if (use_tiles(t)) return (t.soft ? 3 : 2) * t.classes * Vec<S>::kLanes;
-  return row_scratch_elements<S>(t.classes, t.grad != nullptr);
+template <class D, class S = Accumulator<D>>
+int64_t scratch_bytes_of(const Task& t) {
+  return sizeof(S) *
+         (use_tiles(t) ? tile_scratch_elements<S>(t) : row_scratch_elements<D>(t.classes, t.grad != nullptr));
 }
 
 int64_t scratch_bytes(const Task& t) {
-  return t.dtype == DType::float64 ? 8 * scratch_elements<double>(t) : 4 * scratch_elements<float>(t);
+  if (t.dtype == DType::float64) return scratch_bytes_of<double>(t);
+  return t.dtype == DType::float32 ? scratch_bytes_of<float>(t) : scratch_bytes_of<BFloat16>(t);
 }
 
 template <class Terms, bool kGrad, class D>
@@ -43,7 +44,12 @@ double run_terms(const Task& t, int64_t begin, int64_t end, void* scratch) {
   } else {
     const int64_t step = block_rows<S>(t.classes);
     for (int64_t row = begin; row < end; row += step) {
-      row_block<Terms, kGrad>(call, row, end - row < step ? end - row : step, workspace, sum);
+      const int64_t n = end - row < step ? end - row : step;
+      if (sizeof(D) != sizeof(S) || use_copies<D>(t.classes)) {
+        row_block<Terms, kGrad, true>(call, row, n, workspace, sum);
+      } else if constexpr (sizeof(D) == sizeof(S)) {
+        row_block<Terms, kGrad, false>(call, row, n, workspace, sum);
+      }
     }
   }
   return sum.total();

@@ -1,7 +1,7 @@
 """Prints the polynomial coefficients of simd.h: Chebyshev interpolation in 60 digits, lowest power first.
 
-exp:   (exp(r) - 1 - r) / r^2 in r, on |r| <= ln(2)/2 (widened by 1e-3 for the rounding of the reduction); narrow exp:
-       the same on |r| <= ln(2)/32
+exp:   (exp(r) - 1 - r) / r^2 in r, on |r| <= ln(2)/2 (widened by 1e-3 for the rounding of the reduction)
+steps: the same on |r| <= ln(2)/16 (8 steps) and ln(2)/32 (16 steps)
 log1p: (log(1+f) / s - 2) / s^2 in s^2, with s = f/(2+f), on s^2 <= 1/9, that is f in [-1/2, 1]
 """
 
@@ -33,7 +33,8 @@ def fit(function, low: mp.mpf, high: mp.mpf, degree: int) -> tuple[list[mp.mpf],
 
 for name, function, low, high, degrees in [
     ("exp", exp_rest, -mp.log(2) / 2 - mp.mpf("1e-3"), mp.log(2) / 2 + mp.mpf("1e-3"), (4, 9)),
-    ("narrow exp", exp_rest, -mp.log(2) / 32 - mp.mpf("2e-5"), mp.log(2) / 32 + mp.mpf("2e-5"), (1,)),
+    ("8 steps", exp_rest, -mp.log(2) / 16 - mp.mpf("2e-5"), mp.log(2) / 16 + mp.mpf("2e-5"), (2,)),
+    ("16 steps", exp_rest, -mp.log(2) / 32 - mp.mpf("2e-5"), mp.log(2) / 32 + mp.mpf("2e-5"), (1,)),
     ("log1p", log1p_rest, mp.mpf(0), mp.mpf(1) / 9, (5, 11)),
 ]:
     for type_name, digits, degree in zip(("float", "double"), (10, 20), degrees, strict=False):

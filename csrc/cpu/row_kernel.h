@@ -1,8 +1,9 @@
 // Rows with many adjacent classes, swept in vectors along the classes: a block of rows at a time where several fit the
-// first-level cache, a chunk of one row at a time where not even one does. Pass 1 copies the rest of a chunk into scratch
-// and finds its maximum and mean, pass 2 turns the copy into exponentials and sums them, pass 3, after the last chunk,
-// turns those into the gradient. So the logits are read from memory once, but for terms that need them again in pass 3.
-// Relies on call.h; kernels.cpp relies on it.
+// caches near the processor, a chunk of one row at a time where not even one does. Pass 1 finds the maximum and mean of a
+// chunk's rest, pass 2 writes exponentials and sums them, pass 3, after the last chunk, turns those into the gradient. The
+// exponentials of long rows stand where the gradient will. Those of shorter rows, and of 16-bit formats, which would round
+// them, stand in scratch, to which pass 1 copies the rest: nothing is left to pass over then. So the logits come from memory
+// once, but for terms that need them again in pass 3. Relies on call.h; kernels.cpp relies on it.
 #pragma once
 
 #include "call.h"
@@ -10,7 +11,13 @@
 namespace drsl {
 inline namespace DRSL_ISA {
 
-constexpr int64_t kChunkElements = 4096;  // of scratch: 16 KB, half of a common first-level cache
+constexpr int64_t kChunkElements = 8192;  // 32 KB of float
+constexpr int64_t kCopiedClasses = 2048;  // longer rows of an exact format are not copied
+
+template <class D>
+DRSL_FN bool use_copies(int64_t classes) {
+  return sizeof(D) != sizeof(Accumulator<D>) || classes <= kCopiedClasses;
+}
 
 template <class S>
 DRSL_FN int64_t padded(int64_t classes) {
@@ -23,17 +30,18 @@ DRSL_FN int64_t block_rows(int64_t classes) {
   return fit < 1 ? 1 : fit > Vec<S>::kLanes ? Vec<S>::kLanes : fit;
 }
 
-// Between rows, or for all of one where it takes several chunks: a gradient needs the exponentials of whole rows.
+// Between copies of rows, or for all of one where it takes several chunks: a gradient needs the exponentials of whole rows.
 template <class S>
-DRSL_FN int64_t row_stride(int64_t classes, bool grad) {
+DRSL_FN int64_t copy_stride(int64_t classes, bool grad) {
   return padded<S>(grad || classes < kChunkElements ? classes : kChunkElements);
 }
 
-// The rows, and the maximum of each chunk.
-template <class S>
+// The maximum of each chunk, and copies of a block of rows.
+template <class D, class S = Accumulator<D>>
 DRSL_FN int64_t row_scratch_elements(int64_t classes, bool grad) {
   const int64_t chunks = (classes + kChunkElements - 1) / kChunkElements;
-  return block_rows<S>(classes) * row_stride<S>(classes, grad) + chunks * Vec<S>::kLanes;
+  return chunks * Vec<S>::kLanes +
+         (use_copies<D>(classes) ? block_rows<S>(classes) * copy_stride<S>(classes, grad) : 0);
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -43,22 +51,38 @@ template <int I>
 struct Slot {
   static constexpr int kIndex = I;
 };
-constexpr int kSlots = 4;  // independent accumulators, to cover the latency of an addition
+// Independent accumulators, to cover the latency of an addition, as far as registers go.
+constexpr int kSlots = kVectorBytes == 64 ? 4 : 2;
+constexpr int64_t kGroup = 4;  // vectors per turn of a loop
 
 template <class S>
-DRSL_FN Vec<S> fold(const Vec<S> (&x)[kSlots]) {
-  return (x[0] + x[1]) + (x[2] + x[3]);
-}
+struct Slots {
+  Vec<S> of[kSlots];
+
+  DRSL_FN explicit Slots(Vec<S> start) {
+    for (Vec<S>& x : of) x = start;
+  }
+  DRSL_FN Vec<S>& operator[](int i) { return of[i]; }
+  DRSL_FN Vec<S> sum() const {
+    if constexpr (kSlots == 2) return of[0] + of[1];
+    else return (of[0] + of[1]) + (of[2] + of[3]);
+  }
+  DRSL_FN Vec<S> max() const {
+    Vec<S> x = max_(of[0], of[1]);
+    for (int i = 2; i < kSlots; ++i) x = max_(x, of[i]);
+    return x;
+  }
+};
 
 // visit(j, slot) for j < count.
 template <class Visit>
 DRSL_FN void sweep(int64_t count, Visit visit) {
   int64_t j = 0;
-  for (; j + kSlots <= count; j += kSlots) {
+  for (; j + kGroup <= count; j += kGroup) {
     visit(j, Slot<0>());
     visit(j + 1, Slot<1>());
-    visit(j + 2, Slot<2>());
-    visit(j + 3, Slot<3>());
+    visit(j + 2, Slot<2 % kSlots>());
+    visit(j + 3, Slot<3 % kSlots>());
   }
   for (; j < count; ++j) visit(j, Slot<0>());
 }
@@ -69,10 +93,24 @@ DRSL_FN void sweep(int64_t count, Visit visit) {
 template <class S, class Full, class Edge>
 DRSL_FN void sweep_rest(int64_t n, int64_t label, Full full, Edge edge) {
   constexpr int64_t kLanes = Vec<S>::kLanes;
-  const int64_t vectors = n / kLanes, whole = vectors * kLanes;
-  const int64_t block = uint64_t(label) < uint64_t(n) ? label / kLanes : n;
-  // Arithmetic passes over the label's vector: a loop that ends there is mispredicted in every row.
-  sweep(vectors - (block < vectors), [&](int64_t j, auto slot) { full((j + (j >= block)) * kLanes, slot); });
+  const int64_t vectors = n / kLanes, whole = vectors * kLanes, groups = vectors / kGroup;
+  const int64_t block = uint64_t(label) < uint64_t(n) ? label / kLanes : n;  // the label's vector
+  const int64_t own = block / kGroup;
+  // Arithmetic passes over the label's group, and then over its vector: a loop that ends there is mispredicted in every
+  // row.
+  for (int64_t g = 0; g < groups - (own < groups); ++g) {
+    const int64_t k = (g + (g >= own)) * kGroup * kLanes;
+    full(k, Slot<0>());
+    full(k + kLanes, Slot<1>());
+    full(k + 2 * kLanes, Slot<2 % kSlots>());
+    full(k + 3 * kLanes, Slot<3 % kSlots>());
+  }
+  const auto single = [&](int64_t first, int64_t last) {
+    const bool inside = first <= block && block < last;
+    for (int64_t j = first; j < last - inside; ++j) full((j + (inside & (j >= block))) * kLanes, Slot<0>());
+  };
+  if (own < groups) single(own * kGroup, (own + 1) * kGroup);
+  single(groups * kGroup, vectors);
   const auto keep = [&](int64_t k, int64_t count) {
     return Mask<S>{lane_below<S>(count).v & ~lane_is<S>(label - k).v};
   };
@@ -116,11 +154,11 @@ struct TopParts {
   Vec<S> max, sum;
 };
 
-// Pass 1: the chunk to `kept`, with -inf for the label and behind the end; its maximum and sum.
-template <class D, class S = Accumulator<D>>
-DRSL_PASS TopParts<S> take_chunk(const D* z, int64_t n, int64_t label, S* kept) {
+// Pass 1; a copy has -inf for the label and behind the end.
+template <bool kCopies, class D, class S = Accumulator<D>>
+DRSL_PASS TopParts<S> take_chunk(const D* z, int64_t n, int64_t label, S* copy) {
   const Vec<S> lowest = -infinity<Vec<S>>(), zero(S(0));
-  Vec<S> max[kSlots] = {lowest, lowest, lowest, lowest}, sum[kSlots] = {zero, zero, zero, zero};
+  Slots<S> max(lowest), sum(zero);
   sweep_rest<S>(
       n, label,
       [&](int64_t k, auto slot) {
@@ -128,35 +166,41 @@ DRSL_PASS TopParts<S> take_chunk(const D* z, int64_t n, int64_t label, S* kept) 
         const Vec<S> v = load(z + k);
         max[i] = max_(max[i], v);
         sum[i] = sum[i] + v;
-        store(kept + k, v);
+        if constexpr (kCopies) store(copy + k, v);
       },
       [&](int64_t k, int64_t count, Mask<S> keep) {
         const Vec<S> v = load_first(z + k, count), rest = select(keep, v, lowest);
         max[0] = max_(max[0], rest);
         sum[0] = sum[0] + select(keep, v, zero);
-        store(kept + k, rest);
+        if constexpr (kCopies) store(copy + k, rest);
       });
-  return {max_(max_(max[0], max[1]), max_(max[2], max[3])), fold(sum)};
+  return {max.max(), sum.sum()};
 }
+
+// What the other passes read of a chunk: the logits, or their copy, in which nothing is left to pass over.
+template <class S>
+struct Chunk {
+  const S* z;
+  int64_t n, label;
+};
 
 template <class S>
 struct SumParts {
   Vec<S> exps, exps2, steps, squares;  // of e_k, e_k^2, z_k - mean, (z_k - mean)^2
 };
 
-// Pass 2: e_k = exp(z_k - shift) in place of the copies, and the sums. Meanwhile the memory can fetch what pass 1 reads
-// next, and make room for what pass 3 writes: it would be idle otherwise, and both passes would wait for it.
-template <class Terms, bool kGrad, class D, class S = Accumulator<D>>
-DRSL_PASS SumParts<S> sum_chunk(S* kept, int64_t vectors, S shift_of_row, S mean_of_row, const D* next, const D* grad) {
+// Pass 2: e_k = exp(z_k - shift), with kGrad to `exps_out`, and the sums. Meanwhile the memory can fetch what pass 1 reads
+// next, and make room for the gradient that will be written: it would be idle otherwise, and both would wait for it.
+template <class Terms, bool kGrad, bool kCopies, class D, class S = Accumulator<D>>
+DRSL_PASS SumParts<S> sum_chunk(const Chunk<S>& chunk, S shift_of_row, S mean_of_row, S* exps_out, const D* next,
+                                const D* to_write) {
   const Vec<S> lowest = -infinity<Vec<S>>(), zero(S(0)), shift(shift_of_row), mean(mean_of_row);
-  Vec<S> exps[kSlots] = {zero, zero, zero, zero}, exps2[kSlots] = {zero, zero, zero, zero},
-         steps[kSlots] = {zero, zero, zero, zero}, squares[kSlots] = {zero, zero, zero, zero};
-  sweep(vectors, [&](int64_t j, auto slot) {
+  Slots<S> exps(zero), exps2(zero), steps(zero), squares(zero);
+  const auto take = [&](int64_t k, Vec<S> v, auto slot) {
     constexpr int i = decltype(slot)::kIndex;
-    S* const at = kept + j * Vec<S>::kLanes;
-    const Vec<S> v = load(static_cast<const S*>(at)), e = exp_of_fall(v - shift);
-    prefetch(next + j * Vec<S>::kLanes);
-    if constexpr (kGrad) prefetch_to_write(grad + j * Vec<S>::kLanes);
+    const Vec<S> e = exp_of_fall(v - shift);
+    prefetch(next + k);
+    if constexpr (kGrad) prefetch_to_write(to_write + k);
     exps[i] = exps[i] + e;
     if constexpr (Terms::kSquares) exps2[i] = exps2[i] + e * e;
     if constexpr (Terms::kMoments) {
@@ -164,9 +208,20 @@ DRSL_PASS SumParts<S> sum_chunk(S* kept, int64_t vectors, S shift_of_row, S mean
       steps[i] = steps[i] + step;
       squares[i] = squares[i] + step * step;
     }
-    if constexpr (kGrad) store(at, e);
-  });
-  return {fold(exps), fold(exps2), fold(steps), fold(squares)};
+    return e;
+  };
+  const S* const z = chunk.z;
+  const auto full = [&](int64_t k, auto slot) {
+    const Vec<S> e = take(k, load(z + k), slot);
+    if constexpr (kGrad) store(exps_out + k, e);
+  };
+  const auto edge = [&](int64_t k, int64_t count, Mask<S> keep) {
+    const Vec<S> e = take(k, select(keep, load_first(z + k, count), lowest), Slot<0>());
+    if constexpr (kGrad) store_first(exps_out + k, e, count);
+  };
+  if constexpr (kCopies) sweep(chunk.n / Vec<S>::kLanes, [&](int64_t j, auto slot) { full(j * Vec<S>::kLanes, slot); });
+  else sweep_rest<S>(chunk.n, chunk.label, full, edge);
+  return {exps.sum(), exps2.sum(), steps.sum(), squares.sum()};
 }
 
 // Pass 3. `fall` takes the exponentials from the chunk's maximum to the row's. The label's element is for the caller.
@@ -217,7 +272,7 @@ DRSL_PASS void weighted_sums_of_row(const D* z, const S* u, int64_t classes, int
   const Vec<S> zero(S(0)), top(max);
   ExactSum<S> weight = {}, depth = {};
   for (int64_t at = 0; at < classes; at += kSummed) {
-    Vec<S> weights[kSlots] = {zero, zero, zero, zero}, depths[kSlots] = {zero, zero, zero, zero};
+    Slots<S> weights(zero), depths(zero);
     const auto take = [&](Vec<S> v, Vec<S> share, int slot) {
       const WeightedShare<S> adds = weighted_share(share, v, top, soft);
       weights[slot] = weights[slot] + adds.weight;
@@ -231,8 +286,8 @@ DRSL_PASS void weighted_sums_of_row(const D* z, const S* u, int64_t classes, int
           take(select(keep, load_first(z + at + k, n), -infinity<Vec<S>>()),
                select(keep, load_first(u + at + k, n), zero), 0);
         });
-    weight.add(fold(weights));
-    depth.add(fold(depths));
+    weight.add(weights.sum());
+    depth.add(depths.sum());
   }
   sums[0] = reduce_add(weight.total());
   sums[1] = reduce_add(depth.total());
@@ -242,17 +297,36 @@ DRSL_PASS void weighted_sums_of_row(const D* z, const S* u, int64_t classes, int
 // Blocks of rows, one row per lane
 
 // Rows first .. first + rows - 1, where they lie, and how far behind a class is the one that takes its place next.
-template <class D>
+template <class D, bool kCopies>
 struct Block {
   using S = Accumulator<D>;
-  int64_t first, rows, stride, ahead;  // stride: between the rows' copies
+  const Call<D>& call;
+  int64_t first, rows, ahead, grad_ahead;
   int64_t offsets[Vec<S>::kLanes], grad_offsets[Vec<S>::kLanes];
+  S* copies;
 
-  Block(const Task& t, int64_t first, int64_t rows)
-      : first(first), rows(rows), stride(row_stride<S>(t.classes, t.grad != nullptr)) {
+  Block(const Call<D>& call, int64_t first, int64_t rows, S* copies)
+      : call(call), first(first), rows(rows), copies(copies) {
+    const Task& t = call.task;
     row_offsets(t.layout, first, rows, offsets, grad_offsets);
-    const int64_t step = rows > 1 ? offsets[1] - offsets[0] : t.classes;
-    ahead = t.classes > kChunkElements ? kChunkElements : rows * step;
+    const bool chunks = t.classes > kChunkElements;
+    ahead = chunks ? kChunkElements : rows * (rows > 1 ? offsets[1] - offsets[0] : t.classes);
+    grad_ahead = chunks ? kChunkElements : rows * (rows > 1 ? grad_offsets[1] - grad_offsets[0] : t.classes);
+  }
+
+  const D* logits(int64_t i, int64_t at) const { return call.logits + offsets[i] + at; }
+  int64_t label(int64_t i, int64_t at) const { return call.task.labels[first + i] - at; }
+  S* copy(int64_t i, int64_t at) const {
+    return copies + i * copy_stride<S>(call.task.classes, call.grad) + (call.grad ? at : 0);
+  }
+  // Classes at .. at + width - 1 of row i, for passes after the first.
+  Chunk<S> chunk(int64_t i, int64_t at, int64_t width) const {
+    if constexpr (kCopies) return {copy(i, at), padded<S>(width), -1};
+    else return {logits(i, at), width, label(i, at)};
+  }
+  S* exps(int64_t i, int64_t at) const {
+    if constexpr (kCopies) return copy(i, at);
+    else return call.grad + grad_offsets[i] + at;
   }
 };
 
@@ -264,32 +338,36 @@ struct ChunkTops {
 
 // Where a class is at -inf. A sum of shares z_k / n cannot overflow.
 template <class S>
-DRSL_PASS void top_of_masked(const S* kept, int64_t vectors, int lane, ChunkTops<S>& tops) {
+DRSL_PASS void top_of_masked(const Chunk<S>& chunk, int lane, ChunkTops<S>& tops) {
   const Vec<S> lowest = -infinity<Vec<S>>(), zero(S(0)), one(S(1));
   const S classes = tops.count.v[lane] > S(1) ? tops.count.v[lane] : S(1);
   const Vec<S> share(S(1) / classes);
   Vec<S> mean = zero, present = zero;
-  for (int64_t j = 0; j < vectors; ++j) {
-    const Vec<S> v = load(kept + j * Vec<S>::kLanes);
+  const auto take = [&](Vec<S> v) {
     mean = mean + select(v != lowest, v, zero) * share;
     present = present + select(v != lowest, one, zero);
-  }
+  };
+  const S* const z = chunk.z;
+  sweep_rest<S>(
+      chunk.n, chunk.label, [&](int64_t k, auto) { take(load(z + k)); },
+      [&](int64_t k, int64_t count, Mask<S> keep) { take(select(keep, load_first(z + k, count), lowest)); });
   const S count = reduce_add(present);
   tops.mean.v[lane] = reduce_add(mean) * (classes / (count > S(1) ? count : S(1)));
   tops.count.v[lane] = count;
 }
 
 // Pass 1 over classes at .. at + width - 1.
-template <class D, class S = Accumulator<D>>
-DRSL_PASS ChunkTops<S> take_chunks(const Call<D>& call, const Block<D>& block, int64_t at, int64_t width, S* kept) {
+template <class D, bool kCopies, class S = Accumulator<D>>
+DRSL_PASS ChunkTops<S> take_chunks(const Call<D>& call, const Block<D, kCopies>& block, int64_t at, int64_t width) {
   constexpr int kLanes = Vec<S>::kLanes;
   Vec<S> max[kLanes], sum[kLanes];
   S count[kLanes] = {};
   for (int i = 0; i < block.rows; ++i) {
     max[i] = sum[i] = Vec<S>(S(0));
     if (call.ignored(block.first + i)) continue;
-    const int64_t label = call.task.labels[block.first + i] - at;
-    const TopParts<S> top = take_chunk(call.logits + block.offsets[i] + at, width, label, kept + i * block.stride);
+    const int64_t label = block.label(i, at);
+    S* const copy = kCopies ? block.copy(i, at) : nullptr;
+    const TopParts<S> top = take_chunk<kCopies>(block.logits(i, at), width, label, copy);
     max[i] = top.max;
     sum[i] = top.sum;
     count[i] = S(width - (uint64_t(label) < uint64_t(width)));
@@ -299,26 +377,26 @@ DRSL_PASS ChunkTops<S> take_chunks(const Call<D>& call, const Block<D>& block, i
   const Mask<S> odd{~(abs_(total) < infinity<Vec<S>>()).v};  // a class at -inf, an overflow, or NaN
   if (any(odd)) {
     for (int i = 0; i < block.rows; ++i) {
-      if (odd.v[i]) top_of_masked(kept + i * block.stride, padded<S>(width) / kLanes, i, tops);
+      if (odd.v[i]) top_of_masked(block.chunk(i, at, width), i, tops);
     }
   }
   return tops;
 }
 
-// Pass 2 over the copies of pass 1. A NaN in a row, which need not show in its exponentials, shows in its mean.
-template <class Terms, bool kGrad, class D, class S = Accumulator<D>>
-DRSL_PASS RowStats<Vec<S>> sum_chunks(const Call<D>& call, const Block<D>& block, const ChunkTops<S>& tops, int64_t at,
-                                      int64_t width, S* kept) {
+// Pass 2 over the same classes. A NaN in a row, which need not show in its exponentials, shows in its mean.
+template <class Terms, bool kGrad, class D, bool kCopies, class S = Accumulator<D>>
+DRSL_PASS RowStats<Vec<S>> sum_chunks(const Call<D>& call, const Block<D, kCopies>& block, const ChunkTops<S>& tops,
+                                      int64_t at, int64_t width) {
   constexpr int kLanes = Vec<S>::kLanes;
   const Vec<S> zero(S(0)), shift = select(tops.max == -infinity<Vec<S>>(), zero, tops.max);
   Vec<S> exps[kLanes], exps2[kLanes], steps[kLanes], squares[kLanes];
   for (int i = 0; i < block.rows; ++i) {
     exps[i] = exps2[i] = steps[i] = squares[i] = zero;
     if (call.ignored(block.first + i)) continue;
-    const D* const next = call.logits + block.offsets[i] + at + block.ahead;
-    const D* const grad = kGrad ? call.grad + block.grad_offsets[i] + at : next;
-    const SumParts<S> parts = sum_chunk<Terms, kGrad>(kept + i * block.stride, padded<S>(width) / kLanes, shift.v[i],
-                                                      tops.mean.v[i], next, grad);
+    const D* const next = block.logits(i, at) + block.ahead;
+    const D* const to_write = kGrad ? call.grad + block.grad_offsets[i] + at + (kCopies ? 0 : block.grad_ahead) : next;
+    const SumParts<S> parts = sum_chunk<Terms, kGrad, kCopies>(block.chunk(i, at, width), shift.v[i], tops.mean.v[i],
+                                                               kGrad ? block.exps(i, at) : nullptr, next, to_write);
     exps[i] = parts.exps;
     exps2[i] = parts.exps2;
     steps[i] = parts.steps;
@@ -339,20 +417,20 @@ DRSL_PASS RowStats<Vec<S>> sum_chunks(const Call<D>& call, const Block<D>& block
 }
 
 // Rows first .. first + n - 1, n <= block_rows.
-template <class Terms, bool kGrad, class D, class S = Accumulator<D>>
+template <class Terms, bool kGrad, bool kCopies, class D, class S = Accumulator<D>>
 DRSL_FN void row_block(const Call<D>& call, int64_t first, int64_t n, S* scratch, LossSum<S>& sum) {
   constexpr int kLanes = Vec<S>::kLanes;
   const Task& t = call.task;
-  const Block<D> block(t, first, n);
-  S* const chunk_max = scratch + block_rows<S>(t.classes) * block.stride;
+  const int64_t chunks = (t.classes + kChunkElements - 1) / kChunkElements;
+  S* const chunk_max = scratch;
+  const Block<D, kCopies> block(call, first, n, scratch + chunks * kLanes);
   const auto width_at = [&](int64_t at) { return t.classes - at < kChunkElements ? t.classes - at : kChunkElements; };
 
   RowStats<Vec<S>> stats = empty_stats<Vec<S>>();
   for (int64_t at = 0; at < t.classes; at += kChunkElements) {
-    S* const kept = scratch + (kGrad ? at : 0);
-    const ChunkTops<S> tops = take_chunks(call, block, at, width_at(at), kept);
+    const ChunkTops<S> tops = take_chunks(call, block, at, width_at(at));
     store(chunk_max + at / kChunkElements * kLanes, tops.max);
-    const RowStats<Vec<S>> part = sum_chunks<Terms, kGrad>(call, block, tops, at, width_at(at), kept);
+    const RowStats<Vec<S>> part = sum_chunks<Terms, kGrad>(call, block, tops, at, width_at(at));
     stats = at == 0 ? part : merge(stats, part);
   }
 
@@ -384,9 +462,11 @@ DRSL_FN void row_block(const Call<D>& call, int64_t first, int64_t n, S* scratch
     const D* const z = call.logits + block.offsets[i];
     const S* const u = call.weights_of_row(first + i);
     for (int64_t at = 0; at < t.classes; at += kChunkElements) {
-      const Vec<S> fall = exp_(-drop(load(static_cast<const S*>(chunk_max) + at / kChunkElements * kLanes), stats.max));
-      write_gradient<Terms>(z + at, u + at, grad + at, width_at(at), scratch + i * block.stride + at, grads, i,
-                            fall.v[i], t.soft);
+      S fall(1);
+      if (t.classes > kChunkElements) {
+        fall = exp_(-drop(load(static_cast<const S*>(chunk_max) + at / kChunkElements * kLanes), stats.max)).v[i];
+      }
+      write_gradient<Terms>(z + at, u + at, grad + at, width_at(at), block.exps(i, at), grads, i, fall, t.soft);
     }
     store_one(grad + t.labels[first + i], grads.label.v[i]);
   }

@@ -43,6 +43,7 @@ struct LaneTypes<float> {
   typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
   typedef float Unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
   typedef double Wide __attribute__((vector_size(2 * kVectorBytes)));
+  typedef int32_t LabelPart __attribute__((vector_size(kVectorBytes / 2)));
 };
 
 template <>
@@ -53,6 +54,7 @@ struct LaneTypes<double> {
   typedef uint64_t Words __attribute__((vector_size(kVectorBytes)));
   typedef double Unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
   typedef double Wide __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t LabelPart __attribute__((vector_size(kVectorBytes)));
 };
 
 template <class S>
@@ -183,7 +185,11 @@ struct Tables;
 template <>
 struct Tables<float> {
   static constexpr float kExp[] = {0.5f, 0.1666657599f, 0.04166655336f, 0.008363345811f, 0.00139263919f};
-  static constexpr float kExpNarrow[] = {0.5000097945f, 0.1666686256f};  // on |r| <= ln(2)/32
+#if defined(__AVX512F__)
+  static constexpr float kExpNarrow[] = {0.500009793f, 0.1666686253f};  // on |r| <= ln(2)/32
+#else
+  static constexpr float kExpNarrow[] = {0.5f, 0.1666784077f, 0.04166862349f};  // on |r| <= ln(2)/16
+#endif
   static constexpr float kLog1p[] = {0.6666666665f, 0.4000001077f, 0.2857030572f,
                                      0.2226471121f, 0.1746470247f, 0.2078761686f};
   static constexpr float kLog2e = 1.44269504089f;
@@ -255,39 +261,40 @@ DRSL_FN Vec<S> exp_of_fall(Vec<S> x) {
   return exp_(x);
 }
 
-#if defined(__AVX512F__)
-// x = (m + j/16) ln 2 + r with |r| <= ln(2)/32: exp(x) = 2^m 2^(j/16) exp(r), the middle factor from a register. Short
-// enough a polynomial to be a fifth cheaper than exp_.
+#if defined(__AVX512F__) || defined(__AVX2__)
+// x = (m + j/s) ln 2 + r with |r| <= ln(2)/(2s), s the number of lanes: exp(x) = 2^m 2^(j/s) exp(r), the middle factor
+// from a register. A polynomial for r this small takes a fifth (AVX-512) or a third (AVX2) less time than exp_.
 template <>
 DRSL_FN Vec<float> exp_of_fall(Vec<float> x) {
   using K = Tables<float>;
+  constexpr int kSteps = Vec<float>::kLanes;
+#if defined(__AVX512F__)
   // As integers numbers below 0 rise from -0 down to -inf: this is a maximum, on an execution port that is free.
   const __m512i lowest = _mm512_castps_si512(_mm512_set1_ps(K::kLowest));
-  const Vec<float> clamped(_mm512_castsi512_ps(_mm512_min_epu32(_mm512_castps_si512(x.v), lowest)));
-  const Vec<float> round(K::kRound / 16);  // adding it leaves 16 m + j in the low bits
-  const Vec<float> shifted = clamped * Vec<float>(K::kLog2e) + round;
+  x = Vec<float>(_mm512_castsi512_ps(_mm512_min_epu32(_mm512_castps_si512(x.v), lowest)));
+#endif
+  const Vec<float> round(K::kRound / kSteps);  // adding it leaves s m + j in the low bits
+  const Vec<float> shifted = x * Vec<float>(K::kLog2e) + round;
   const Vec<float> n = shifted - round;
-  const Vec<float> r = (clamped - n * Vec<float>(K::kLn2High)) - n * Vec<float>(K::kLn2Low);
+  const Vec<float> r = (x - n * Vec<float>(K::kLn2High)) - n * Vec<float>(K::kLn2Low);
   const Vec<float> part = r + (r * r) * horner(r, K::kExpNarrow);
+#if defined(__AVX512F__)
   const __m512 powers = _mm512_setr_ps(1.0f, 1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f,
                                        1.29683959f, 1.35425556f, 1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f,
                                        1.68179286f, 1.75625217f, 1.8340081f, 1.91520655f);
   const Vec<float> power(_mm512_permutexvar_ps(_mm512_castps_si512(shifted.v), powers));
   return Vec<float>(_mm512_scalef_ps((power + power * part).v, n.v));
-}
-#elif defined(__AVX2__)
-// As exp_, but for a clamp that the last line makes unnecessary.
-template <>
-DRSL_FN Vec<float> exp_of_fall(Vec<float> x) {
-  using K = Tables<float>;
-  using Words = Vec<float>::Words;
-  const Vec<float> shifted = x * Vec<float>(K::kLog2e) + Vec<float>(K::kRound);
-  const Vec<float> n = shifted - Vec<float>(K::kRound);
-  const Vec<float> r = (x - n * Vec<float>(K::kLn2High)) - n * Vec<float>(K::kLn2Low);
-  const Vec<float> fraction = Vec<float>(1.0f) + expm1_near_zero(r);
-  const Words exponent = (Words)shifted.v << K::kMantissaBits;  // the bits of kRound leave at the top
-  const Vec<float> scaled((Vec<float>::Native)((Words)fraction.v + exponent));
-  return select(x < Vec<float>(K::kSmallestNormalLog), Vec<float>(0.0f), scaled);
+#else
+  // The bits of 2^(j/8), less j where adding s m + j to the exponent will bring it.
+  constexpr int kShift = K::kMantissaBits - 3;
+  const __m256i powers = _mm256_setr_epi32(
+      0x3f800000, 0x3f8b95c2 - (1 << kShift), 0x3f9837f0 - (2 << kShift), 0x3fa5fed7 - (3 << kShift),
+      0x3fb504f3 - (4 << kShift), 0x3fc5672a - (5 << kShift), 0x3fd744fd - (6 << kShift), 0x3feac0c7 - (7 << kShift));
+  const __m256i steps = _mm256_castps_si256(shifted.v);
+  const __m256i bits = _mm256_add_epi32(_mm256_permutevar8x32_epi32(powers, steps), _mm256_slli_epi32(steps, kShift));
+  const Vec<float> power(_mm256_castsi256_ps(bits));
+  return select(x < Vec<float>(K::kSmallestNormalLog), Vec<float>(0.0f), power + power * part);
+#endif
 }
 #endif
 

@@ -1,10 +1,11 @@
 // Rows with few classes, or with classes that are not adjacent in memory: a tile of kLanes rows at a time, one
 // row per lane, held class by class in scratch. Vectors then run across rows, so ten classes cost ten vectors
 // for sixteen rows, and no step reduces across lanes. Pass 1 reads the tile, pass 2 turns it into exponentials and sums
-// them, pass 3 writes the gradient. Relies on call.h; kernels.cpp relies on it.
+// them, pass 3 writes the gradient. Relies on call.h and quads.h; kernels.cpp relies on it.
 #pragma once
 
 #include "call.h"
+#include "quads.h"
 
 namespace drsl {
 inline namespace DRSL_ISA {
@@ -33,10 +34,19 @@ DRSL_FN void sweep_squares(int64_t classes, Visit visit) {
 // ---------------------------------------------------------------------------------------------------------
 // Between memory and vectors across rows
 
-// take(c, v) for every class c once: v has the class's elements of rows 0 .. n - 1 in its lanes, 0 in lanes from n on.
+// take(c, v) for every class c once: v has the class's elements of rows 0 .. n - 1 in its lanes; those from n on may hold
+// any number. `tile` is room for a tile, which take may write from class c on.
 template <class D, class Take, class S = Accumulator<D>>
-DRSL_FN void read_tile(const D* base, const int64_t* offsets, int64_t n, int64_t classes, int64_t stride, Take take) {
+DRSL_FN void read_tile(const D* base, const int64_t* offsets, int64_t n, int64_t classes, int64_t stride, S* tile,
+                       Take take) {
   constexpr int kLanes = Vec<S>::kLanes;
+  if constexpr (kQuadClasses<D> > 0) {
+    if (quads_fit<D>(classes, stride)) {
+      read_quads(base, offsets, n, classes, tile);
+      for (int64_t c = 0; c < classes; ++c) take(c, load(static_cast<const S*>(tile) + c * kLanes));
+      return;
+    }
+  }
   switch (tile_shape<S>(offsets, n, stride)) {
     case TileShape::adjacent_classes: {
       int64_t taken = 0;
@@ -138,7 +148,7 @@ DRSL_PASS TileTop<S> take_tile(const Call<D>& call, const int64_t* offsets, int6
   const int64_t classes = call.task.classes;
   const Vec<S> lowest = -infinity<Vec<S>>(), zero(S(0)), one(S(1));
   Vec<S> max = lowest, sum = zero, label_logit = zero;
-  read_tile(call.logits, offsets, n, classes, call.task.layout.logits_class_stride, [&](int64_t c, Vec<S> v) {
+  read_tile(call.logits, offsets, n, classes, call.task.layout.logits_class_stride, tile, [&](int64_t c, Vec<S> v) {
     const Mask<S> is = is_label(labels, c);
     label_logit = select(is, v, label_logit);
     sum = sum + select(is, zero, v);
@@ -204,14 +214,20 @@ DRSL_PASS BlockGrad<S> finish_tile(const CallInfo<S>& call, int64_t first, int64
   const Vec<S> lowest = -infinity<Vec<S>>(), zero(S(0));
   const Vec<S> shift = select(top.max == lowest, zero, top.max);
   TileSums<ExactSum<S>> sums = {};
+  const char *next_line = lines.next, *grad_line = lines.grad;
+  const int64_t next_step = lines.next_step, grad_step = lines.grad_step;
   for (int64_t from = 0; from < classes; from += kSummed<Terms>) {
     const int64_t to = classes - from < kSummed<Terms> ? classes : from + kSummed<Terms>;
     TileSums<Vec<S>> part = {};
     for (int64_t c = from; c < to; ++c) {
       const Vec<S> v = load(logits + c * kLanes);
       const Vec<S> e = exp_of_fall(v - shift);
-      prefetch(lines.next + c * lines.next_step);
-      if constexpr (kGrad) prefetch_to_write(lines.grad + c * lines.grad_step);
+      prefetch(next_line);
+      next_line += next_step;
+      if constexpr (kGrad) {
+        prefetch_to_write(grad_line);
+        grad_line += grad_step;
+      }
       part.exps = part.exps + e;
       if constexpr (Terms::kSquares) part.exps2 = part.exps2 + e * e;
       if constexpr (Terms::kMoments) {
@@ -244,6 +260,51 @@ DRSL_PASS BlockGrad<S> finish_tile(const CallInfo<S>& call, int64_t first, int64
   return finish_block<S>(call, first, n, labels, stats, top.label_logit, weight, weighted_depth, sum);
 }
 
+// The same number, but a NaN is one that rounds to NaN.
+DRSL_FN QuadFloats quiet(QuadFloats x) { return x == x ? x : QuadFloats{} + __builtin_nanf(""); }
+
+// Pass 3 by quads. The labels' elements and ignored rows, which may hold NaN, are overwritten at the end.
+template <class Terms, class D>
+DRSL_PASS void write_gradient_quads(const Call<D>& call, const int64_t* grad_offsets, int64_t n,
+                                    const BlockLabels<float>& labels, const BlockGrad<float>& block,
+                                    const float* logits, const float* exps, const float* weights, D* spare) {
+  const Task& t = call.task;
+  write_quads(call.grad, grad_offsets, n, t.classes, spare, [&](int low, int high) {
+    const auto rows = [&](const Vec<float>& x) {
+      const float* const lanes = reinterpret_cast<const float*>(&x);
+      const QuadFloats some = load_floats(lanes + low, lanes + high);
+      return sizeof(D) == 2 ? quiet(some) : some;
+    };
+    const QuadFloats a = rows(block.a), b = rows(block.b), c = rows(block.c), offset = rows(block.offset);
+    const QuadFloats max = rows(block.max), smooth = rows(block.smooth), zero = {};
+    return [=, &t, &call](int64_t at, int64_t at_high) {
+      const QuadFloats e = load_floats(exps + at, exps + at_high);
+      QuadFloats g = e * a;
+      if constexpr (Terms::kSquares) g = e * (a + b * e);
+      if constexpr (Terms::kMoments) {
+        const QuadFloats v = load_floats(logits + at, logits + at_high);
+        QuadFloats step = c * (v - max) + offset, at_masked = zero;
+        if constexpr (Terms::kWeightedMean) {
+          const QuadFloats u =
+              quiet(t.soft ? load_floats(weights + at, weights + at_high)
+                           : both(call.class_weights[at / kTileLanes], call.class_weights[at_high / kTileLanes]));
+          step = step - smooth * u;
+          if (t.soft) at_masked = -(smooth * u);
+        }
+        g = g + (v != -infinity<float>() ? step : at_masked);
+      }
+      return g;
+    };
+  });
+  D label[kTileLanes];
+  store(static_cast<D*>(label), block.label);
+  for (int64_t i = 0; i < n; ++i) {
+    D* const row = call.grad + grad_offsets[i];
+    if (labels.valid.v[i]) row[labels.number[i]] = label[i];
+    else memset(static_cast<void*>(row), 0, t.classes * sizeof(D));
+  }
+}
+
 // Pass 3. An ignored row may hold NaN; its gradient is 0 all the same.
 template <class Terms, class D, class S = Accumulator<D>>
 DRSL_PASS void write_tile_gradient(const Call<D>& call, const int64_t* grad_offsets, int64_t n,
@@ -272,20 +333,26 @@ DRSL_PASS void write_tile_gradient(const Call<D>& call, const int64_t* grad_offs
   });
 }
 
-// Rows first .. first + n - 1, n <= kLanes. Scratch holds two tiles: logits and exponentials; and a third of class
-// probabilities, where the call is soft.
+template <class S>
+DRSL_FN int64_t tile_scratch_elements(const Task& t) {
+  return (t.soft ? 3 : 2) * t.classes * Vec<S>::kLanes + t.classes;
+}
+
+// Rows first .. first + n - 1, n <= kLanes. Scratch holds a tile of class probabilities, where the call is soft, one of
+// logits, one of exponentials and then of the gradient, and a spare row.
 template <class Terms, bool kGrad, class D, class S = Accumulator<D>>
 DRSL_FN void tile_block(const Call<D>& call, int64_t first, int64_t n, S* scratch, LossSum<S>& sum) {
   constexpr int kLanes = Vec<S>::kLanes;
   const Task& t = call.task;
-  S *const logits = scratch, *const exps = logits + t.classes * kLanes, *const weights = exps + t.classes * kLanes;
+  S *const weights = scratch, *const logits = weights + (t.soft ? t.classes * kLanes : 0);
+  S* const exps = logits + t.classes * kLanes;
   int64_t offsets[kLanes], grad_offsets[kLanes];
   row_offsets(t.layout, first, n, offsets, grad_offsets);
   if constexpr (Terms::kWeightedMean) {
     if (t.soft) {
       int64_t rows[kLanes];
       for (int i = 0; i < n; ++i) rows[i] = i * t.classes;
-      read_tile(call.weights_of_row(first), rows, n, t.classes, 1,
+      read_tile(call.weights_of_row(first), rows, n, t.classes, 1, weights,
                 [&](int64_t c, Vec<S> u) { store(weights + c * kLanes, u); });
     }
   }
@@ -294,7 +361,14 @@ DRSL_FN void tile_block(const Call<D>& call, int64_t first, int64_t n, S* scratc
   const TileLines lines = tile_lines(call, n, offsets, grad_offsets);
   const BlockGrad<S> block =
       finish_tile<Terms, kGrad, S>(call, first, n, labels, top, logits, exps, weights, lines, sum);
-  if constexpr (kGrad) write_tile_gradient<Terms>(call, grad_offsets, n, labels, block, logits, exps, weights);
+  if constexpr (!kGrad) return;
+  if constexpr (kQuadClasses<D> > 0) {
+    if (quads_fit<D>(t.classes, t.layout.grad_class_stride)) {
+      D* const spare = reinterpret_cast<D*>(exps + t.classes * kLanes);
+      return write_gradient_quads<Terms>(call, grad_offsets, n, labels, block, logits, exps, weights, spare);
+    }
+  }
+  write_tile_gradient<Terms>(call, grad_offsets, n, labels, block, logits, exps, weights);
 }
 
 }  // namespace DRSL_ISA

@@ -177,7 +177,8 @@ inline ExpectedRow expected_row(const Problem& problem, int64_t row) {
   const bool weighted = t.soft || params.smoothing > 0;
   const double B = weighted ? share * r.U : 0;
   const double A = weighted ? (t.soft ? 0 : 1 - params.smoothing) * u + share * (u + r.U) : u;
-  const auto term = drsl::truth_term(params, drsl::label_odds(s, r.label, params.scale, params.margin));
+  const auto term =
+      drsl::truth_term(params, drsl::label_odds(s, drsl::log_(s.sum_exp), r.label, params.scale, params.margin));
   double in_loss =
       A * (std::fabs(term.value) * relative + (t.truth == drsl::Truth::log_odds ? in_delta + 2 * steps : 0));
   in_loss += B * (in_kappa + in_delta + 2 * steps);
