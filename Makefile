@@ -11,7 +11,7 @@ INSTALL = $(PIP) install -q --no-compile -c constraints.txt
 TOOLS := $(VENV)/.tools
 INSTALLED := $(VENV)/.installed
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt drsl_kernels/_version.py $(wildcard csrc/* csrc/*/*)
-CPP_FILES = $$(find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+CPP_FILES = $$(find csrc tests/cpp benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 PYTEST_ARGS ?= -n 2 --maxschedchunk 4
 
 # pip leaves a core idle, on which the sanitized C++ tests can be built meanwhile.

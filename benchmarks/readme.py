@@ -23,7 +23,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 def main(check: bool) -> None:
     """Write the tables of README.md and docs/speed.md from benchmarks/results/."""
     readme = {"demo": demo_table(), "ratios": ratio_table(), "targets": target_table(), "loop": loop_table()}
-    for name, tables in {"README.md": readme, "docs/speed.md": {"prediction": prediction_table()}}.items():
+    speed = {"kernels": kernel_table(), "prediction": prediction_table()}
+    for name, tables in {"README.md": readme, "docs/speed.md": speed}.items():
         path = ROOT / name
         old = path.read_text()
         new = filled(old, name, tables)
@@ -103,6 +104,20 @@ def loop_table() -> str:
     lines += [_row([what, f"{ratio:.2f}"]) for what, ratio in result["ratios"].items()]
     where = f"{result['processor']}, {result['threads']} threads, torch {result['torch']}, {result['date'][:10]}"
     return "\n".join(lines) + f"\n\n{where}, commit {result['commit']}.\n"
+
+
+def kernel_table() -> str:
+    """What today's CPU kernels take of what earlier ones took."""
+    result = json.loads((RESULTS / "cpu_kernels.json").read_text())
+    found = {(r["isa"], r["dtype"], r["work"], r["rows"], r["classes"]): r for r in result["rows"]}
+    kinds = list(dict.fromkeys(key[:3] for key in found))
+    names = [f"{isa.upper().replace('AVX512', 'AVX-512')} {dtype} {work}" for isa, dtype, work in kinds]
+    lines = [_row(["logits", *names]), _row(["---", *["---:"] * len(names)])]
+    for n, classes in dict.fromkeys(key[3:] for key in found):
+        of_shape = [found[(*kind, n, classes)] for kind in kinds]
+        lines.append(_row([f"{n}x{classes}", *(f"{r['after']:.2f} ({r['ratio']:.2f})" for r in of_shape)]))
+    where = f"{result['processor']}, {result['threads']} threads, {result['date'][:10]}, commit {result['commit']}"
+    return "\n".join(lines) + f"\n\nNanoseconds per logit and thread (ratio to commit {result['before']}); {where}.\n"
 
 
 def prediction_table() -> str:

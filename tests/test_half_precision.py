@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,6 +26,31 @@ def test_half_precision_gradient_is_rounded_once(factor: float, dtype: str, back
     # Where float32 arithmetic falls on the other side of a rounding boundary the last bit differs: seldom.
     assert (z.grad != want).double().mean() < 1e-3
     torch.testing.assert_close(z.grad, want, rtol=torch.finfo(z.dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("bits", [0x7F800001, 0x7FFFFFFF, 0x7FC00000])
+@pytest.mark.parametrize("classes", [3, 10, 100, 400, 3000])
+def test_every_kind_of_nan_stays_nan_in_bfloat16(classes: int, bits: int) -> None:
+    """Rounding to the upper 16 bits as if it were a number makes an infinity or a zero of some of them."""
+    nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    weight = torch.ones(classes)
+    weight[1] = nan
+    y = torch.arange(16) % 3
+    for smoothing in (0.0, 0.1):
+        loss = partial(fused_drsl_loss, tau=0.5, weight=weight, label_smoothing=smoothing, reduction="sum")
+        z = leaf("bfloat16", rows=16, classes=classes)
+        loss(z, y).sum().backward()
+        assert z.grad is not None
+        is_nan = z.grad.isnan()
+        assert is_nan.any()
+        torch.testing.assert_close(is_nan, _nan_of_float32(loss, z, y))
+
+
+def _nan_of_float32(loss: Callable[..., torch.Tensor], z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    wide = z.detach().float().requires_grad_()
+    loss(wide, y).sum().backward()
+    assert wide.grad is not None
+    return wide.grad.isnan()
 
 
 def test_loss_scale_keeps_small_float16_gradients(backend: str) -> None:

@@ -104,6 +104,11 @@ struct BlockGrad {
   Vec<S> a, b, c, offset, max, smooth, label;
 };
 
+template <class S>
+DRSL_FN BlockGrad<S> quiet(const BlockGrad<S>& g) {
+  return {quiet(g.a), quiet(g.b), quiet(g.c), quiet(g.offset), quiet(g.max), quiet(g.smooth), quiet(g.label)};
+}
+
 // h and V of a row's rest from its deviations from a rounded mean: their sum corrects the rounding.
 template <class V>
 struct Moments {

@@ -11,18 +11,21 @@ namespace drsl {
 inline namespace DRSL_ISA {
 namespace {
 
-// Rows of at most this many adjacent classes go through tiles: a transpose costs less than the reductions and the ragged
-// end of each row. Measured with 130 to 512 classes, AVX2 and AVX-512.
-constexpr int64_t kTileClasses = 320;
+// Rows of at most this many adjacent classes go through tiles: that costs less than the reductions and the ragged end of
+// each row. Measured with 130 to 1000 classes.
+template <class D>
+constexpr int64_t kTileClasses = kVectorBytes == 32 && sizeof(D) == 4 ? 160 : 320;
 
+template <class D>
 bool use_tiles(const Task& t) {
-  return t.classes <= kTileClasses || t.layout.logits_class_stride != 1 || (t.grad && t.layout.grad_class_stride != 1);
+  return t.classes <= kTileClasses<D> || t.layout.logits_class_stride != 1 ||
+         (t.grad && t.layout.grad_class_stride != 1);
 }
 
 template <class D, class S = Accumulator<D>>
 int64_t scratch_bytes_of(const Task& t) {
   return sizeof(S) *
-         (use_tiles(t) ? tile_scratch_elements<S>(t) : row_scratch_elements<D>(t.classes, t.grad != nullptr));
+         (use_tiles<D>(t) ? tile_scratch_elements<S>(t) : row_scratch_elements<D>(t.classes, t.grad != nullptr));
 }
 
 int64_t scratch_bytes(const Task& t) {
@@ -36,7 +39,7 @@ double run_terms(const Task& t, int64_t begin, int64_t end, void* scratch) {
   const Call<D> call(t);
   LossSum<S> sum;
   S* const workspace = static_cast<S*>(scratch);
-  if (use_tiles(t)) {
+  if (use_tiles<D>(t)) {
     for (int64_t row = begin; row < end; row += Vec<S>::kLanes) {
       const int64_t n = end - row < Vec<S>::kLanes ? end - row : Vec<S>::kLanes;
       tile_block<Terms, kGrad>(call, row, n, workspace, sum);

@@ -30,10 +30,22 @@ DRSL_FN Vec<float> widen_bfloat16(Bits16 bits) {
   return (Lanes16::Native)(__builtin_convertvector(bits, Bits32) << 16);
 }
 
+// Bits of floats, rounded to nearest, ties to even, in the upper half; something else in the lower one. A NaN must be
+// quiet: of one that has its bits in the lower half, nothing would be left.
+template <class Bits>
+DRSL_FN Bits round_to_upper_half(Bits bits) {
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
+// The same numbers, and a NaN that rounds to NaN.
+template <class S>
+DRSL_FN Vec<S> quiet(Vec<S> x) {
+  return select(x == x, x, infinity<Vec<S>>() - infinity<Vec<S>>());
+}
+
 // Round to nearest, ties to even; NaN becomes the quiet NaN.
 DRSL_FN Bits16 narrow_bfloat16(Vec<float> x) {
-  const Bits32 bits = (Bits32)x.v;
-  const Bits32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Bits32 rounded = round_to_upper_half((Bits32)x.v) >> 16;
   const Bits32 quiet = rounded - rounded + 0x7fc0u;
   const Bits32 is_nan = (Bits32)(x.v != x.v);
   return __builtin_convertvector((Bits32)((rounded & ~is_nan) | (quiet & is_nan)), Bits16);
@@ -89,6 +101,29 @@ DRSL_FN void store(D* p, Vec<Accumulator<D>> x) {
 }
 template <> DRSL_FN void store(BFloat16* p, Vec<float> x) { *reinterpret_cast<Bits16*>(p) = narrow_bfloat16(x); }
 template <> DRSL_FN void store(Half* p, Vec<float> x) { *reinterpret_cast<Bits16*>(p) = narrow_half(x); }
+
+// Two vectors, one behind the other; a NaN in them is `quiet`, or comes from the same storage format.
+template <class D>
+DRSL_FN void store_two_quiet(D* p, Vec<Accumulator<D>> x, Vec<Accumulator<D>> y) {
+  store(p, x);
+  store(p + Vec<Accumulator<D>>::kLanes, y);
+}
+
+#if defined(__AVX2__)
+template <>
+DRSL_FN void store_two_quiet(BFloat16* p, Vec<float> x, Vec<float> y) {
+  const Bits32 a = round_to_upper_half((Bits32)x.v), b = round_to_upper_half((Bits32)y.v);
+#if defined(__AVX512F__)
+  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes)));
+  const Halves both = __builtin_shufflevector((Halves)a, (Halves)b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27,
+                                              29, 31, 33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63);
+#else
+  const __m256i halves = _mm256_packus_epi32((__m256i)(a >> 16), (__m256i)(b >> 16));  // of each 128 bits by themselves
+  const __m256i both = _mm256_permute4x64_epi64(halves, 0b11011000);
+#endif
+  memcpy(static_cast<void*>(p), &both, sizeof(both));
+}
+#endif
 
 // The first n lanes from memory, 0 in the others; nothing beyond them is touched.
 template <class D>

@@ -118,15 +118,10 @@ DRSL_FN void words_to_tile<BFloat16>(QuadWords words, float* tile) {
   store_floats(tile + kTileLanes, words & 0xffff0000u);
 }
 
-// The upper half rounded to nearest, ties to even, and something in the lower half. A NaN must be quiet_nan.
-DRSL_FN QuadWords round_to_upper_half(QuadFloats x) {
-  const QuadWords bits = (QuadWords)x;
-  return bits + 0x7fffu + ((bits >> 16) & 1u);
-}
-
+// A NaN must be `quiet`, or come from bfloat16.
 template <class Give>
 DRSL_FN QuadWords words_of(Format<BFloat16>, Give give) {
-  const QuadWords first = round_to_upper_half(give(0)), second = round_to_upper_half(give(1));
+  const QuadWords first = round_to_upper_half((QuadWords)give(0)), second = round_to_upper_half((QuadWords)give(1));
   return (first >> 16) | (second & 0xffff0000u);
 }
 

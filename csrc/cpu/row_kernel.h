@@ -229,9 +229,10 @@ template <class Terms, class D, class S = Accumulator<D>>
 DRSL_PASS void write_gradient(const D* z, const S* u, D* grad, int64_t n, const S* exps, const BlockGrad<S>& block,
                               int lane, S fall, bool soft) {
   constexpr int64_t kLanes = Vec<S>::kLanes;
-  const Vec<S> a(block.a.v[lane] * fall), b(block.b.v[lane] * fall * fall), c(block.c.v[lane]);
-  const Vec<S> offset(block.offset.v[lane]), max(block.max.v[lane]), smooth(block.smooth.v[lane]);
-  const Vec<S> masked(soft ? block.smooth.v[lane] : S(0));
+  const auto row = [&](S x) { return quiet(Vec<S>(x)); };
+  const Vec<S> a = row(block.a.v[lane] * fall), b = row(block.b.v[lane] * fall * fall), c = row(block.c.v[lane]);
+  const Vec<S> offset = row(block.offset.v[lane]), max = row(block.max.v[lane]), smooth = row(block.smooth.v[lane]);
+  const Vec<S> masked = row(soft ? block.smooth.v[lane] : S(0));
   const auto gradient = [&](Vec<S> e, Vec<S> v, Vec<S> weight) {
     Vec<S> g = e * a;
     if constexpr (Terms::kSquares) g = e * (a + b * e);
@@ -248,7 +249,7 @@ DRSL_PASS void write_gradient(const D* z, const S* u, D* grad, int64_t n, const 
   };
   const auto whole = [&](int64_t k) {
     const Vec<S> e = load(exps + k);
-    if constexpr (Terms::kWeightedMean) return gradient(e, load(z + k), load(u + k));
+    if constexpr (Terms::kWeightedMean) return gradient(e, load(z + k), quiet(load(u + k)));
     else if constexpr (Terms::kMoments) return gradient(e, load(z + k), e);
     else return gradient(e, e, e);
   };
@@ -260,7 +261,13 @@ DRSL_PASS void write_gradient(const D* z, const S* u, D* grad, int64_t n, const 
     store_first(grad + k, gradient(e, v, weight), count);
   };
   const int64_t vectors = n / kLanes;
-  sweep(vectors, [&](int64_t j, auto) { store(grad + j * kLanes, whole(j * kLanes)); });
+  int64_t j = 0;
+  for (; j + kGroup <= vectors; j += kGroup) {
+    for (int64_t k = j * kLanes; k < (j + kGroup) * kLanes; k += 2 * kLanes) {
+      store_two_quiet(grad + k, whole(k), whole(k + kLanes));
+    }
+  }
+  for (; j < vectors; ++j) store(grad + j * kLanes, whole(j * kLanes));
   if (vectors * kLanes < n) part(vectors * kLanes, n - vectors * kLanes);
 }
 

@@ -110,7 +110,8 @@ DRSL_FN void write_tile(D* base, const int64_t* offsets, int64_t n, int64_t clas
   }
 }
 
-// Lines to fetch, a class at a time: of the tile that is next, and of this tile's gradient.
+// Lines to fetch, a class at a time: of this tile's gradient in pass 1, of the tile that is next in pass 2. The memory
+// takes its time for each, so neither pass should ask for both.
 struct TileLines {
   const char *next, *grad;
   int64_t next_step, grad_step;
@@ -141,15 +142,20 @@ struct TileTop {
 };
 
 // Pass 1: M, a rounded mu, n and z_y of each row. The tile holds the logits, with -inf in place of each row's label.
-template <class D, class S = Accumulator<D>>
+template <bool kGrad, class D, class S = Accumulator<D>>
 DRSL_PASS TileTop<S> take_tile(const Call<D>& call, const int64_t* offsets, int64_t n, const BlockLabels<S>& labels,
-                               S* tile) {
+                               S* tile, const TileLines& lines) {
   constexpr int kLanes = Vec<S>::kLanes;
   const int64_t classes = call.task.classes;
   const Vec<S> lowest = -infinity<Vec<S>>(), zero(S(0)), one(S(1));
   Vec<S> max = lowest, sum = zero, label_logit = zero;
+  const char* line = lines.grad;
   read_tile(call.logits, offsets, n, classes, call.task.layout.logits_class_stride, tile, [&](int64_t c, Vec<S> v) {
     const Mask<S> is = is_label(labels, c);
+    if constexpr (kGrad) {
+      prefetch_to_write(line);
+      line += lines.grad_step;
+    }
     label_logit = select(is, v, label_logit);
     sum = sum + select(is, zero, v);
     const Vec<S> rest = select(is, lowest, v);
@@ -214,20 +220,15 @@ DRSL_PASS BlockGrad<S> finish_tile(const CallInfo<S>& call, int64_t first, int64
   const Vec<S> lowest = -infinity<Vec<S>>(), zero(S(0));
   const Vec<S> shift = select(top.max == lowest, zero, top.max);
   TileSums<ExactSum<S>> sums = {};
-  const char *next_line = lines.next, *grad_line = lines.grad;
-  const int64_t next_step = lines.next_step, grad_step = lines.grad_step;
+  const char* line = lines.next;
   for (int64_t from = 0; from < classes; from += kSummed<Terms>) {
     const int64_t to = classes - from < kSummed<Terms> ? classes : from + kSummed<Terms>;
     TileSums<Vec<S>> part = {};
     for (int64_t c = from; c < to; ++c) {
       const Vec<S> v = load(logits + c * kLanes);
       const Vec<S> e = exp_of_fall(v - shift);
-      prefetch(next_line);
-      next_line += next_step;
-      if constexpr (kGrad) {
-        prefetch_to_write(grad_line);
-        grad_line += grad_step;
-      }
+      prefetch(line);
+      line += lines.next_step;
       part.exps = part.exps + e;
       if constexpr (Terms::kSquares) part.exps2 = part.exps2 + e * e;
       if constexpr (Terms::kMoments) {
@@ -260,9 +261,6 @@ DRSL_PASS BlockGrad<S> finish_tile(const CallInfo<S>& call, int64_t first, int64
   return finish_block<S>(call, first, n, labels, stats, top.label_logit, weight, weighted_depth, sum);
 }
 
-// The same number, but a NaN is one that rounds to NaN.
-DRSL_FN QuadFloats quiet(QuadFloats x) { return x == x ? x : QuadFloats{} + __builtin_nanf(""); }
-
 // Pass 3 by quads. The labels' elements and ignored rows, which may hold NaN, are overwritten at the end.
 template <class Terms, class D>
 DRSL_PASS void write_gradient_quads(const Call<D>& call, const int64_t* grad_offsets, int64_t n,
@@ -272,8 +270,7 @@ DRSL_PASS void write_gradient_quads(const Call<D>& call, const int64_t* grad_off
   write_quads(call.grad, grad_offsets, n, t.classes, spare, [&](int low, int high) {
     const auto rows = [&](const Vec<float>& x) {
       const float* const lanes = reinterpret_cast<const float*>(&x);
-      const QuadFloats some = load_floats(lanes + low, lanes + high);
-      return sizeof(D) == 2 ? quiet(some) : some;
+      return load_floats(lanes + low, lanes + high);
     };
     const QuadFloats a = rows(block.a), b = rows(block.b), c = rows(block.c), offset = rows(block.offset);
     const QuadFloats max = rows(block.max), smooth = rows(block.smooth), zero = {};
@@ -285,9 +282,9 @@ DRSL_PASS void write_gradient_quads(const Call<D>& call, const int64_t* grad_off
         const QuadFloats v = load_floats(logits + at, logits + at_high);
         QuadFloats step = c * (v - max) + offset, at_masked = zero;
         if constexpr (Terms::kWeightedMean) {
+          const auto weight = [&](int64_t i) { return quiet(Vec<float>(call.class_weights[i / kTileLanes])).v[0]; };
           const QuadFloats u =
-              quiet(t.soft ? load_floats(weights + at, weights + at_high)
-                           : both(call.class_weights[at / kTileLanes], call.class_weights[at_high / kTileLanes]));
+              t.soft ? load_floats(weights + at, weights + at_high) : both(weight(at), weight(at_high));
           step = step - smooth * u;
           if (t.soft) at_masked = -(smooth * u);
         }
@@ -353,19 +350,20 @@ DRSL_FN void tile_block(const Call<D>& call, int64_t first, int64_t n, S* scratc
       int64_t rows[kLanes];
       for (int i = 0; i < n; ++i) rows[i] = i * t.classes;
       read_tile(call.weights_of_row(first), rows, n, t.classes, 1, weights,
-                [&](int64_t c, Vec<S> u) { store(weights + c * kLanes, u); });
+                [&](int64_t c, Vec<S> u) { store(weights + c * kLanes, quiet(u)); });
     }
   }
   const BlockLabels<S> labels = block_labels<S>(call, first, n);
-  const TileTop<S> top = take_tile(call, offsets, n, labels, logits);
   const TileLines lines = tile_lines(call, n, offsets, grad_offsets);
+  const TileTop<S> top = take_tile<kGrad>(call, offsets, n, labels, logits, lines);
   const BlockGrad<S> block =
       finish_tile<Terms, kGrad, S>(call, first, n, labels, top, logits, exps, weights, lines, sum);
   if constexpr (!kGrad) return;
   if constexpr (kQuadClasses<D> > 0) {
     if (quads_fit<D>(t.classes, t.layout.grad_class_stride)) {
       D* const spare = reinterpret_cast<D*>(exps + t.classes * kLanes);
-      return write_gradient_quads<Terms>(call, grad_offsets, n, labels, block, logits, exps, weights, spare);
+      const BlockGrad<S> numbers = sizeof(D) == 2 ? quiet(block) : block;
+      return write_gradient_quads<Terms>(call, grad_offsets, n, labels, numbers, logits, exps, weights, spare);
     }
   }
   write_tile_gradient<Terms>(call, grad_offsets, n, labels, block, logits, exps, weights);
