@@ -88,18 +88,19 @@ void test_all_losses(const Kernels& kernels, DType dtype) {
 
 void test_shapes(const Kernels& kernels, DType dtype) {
   check::Random random(22);
-  for (const int64_t classes : {1, 2, 3, 15, 16, 17, 127, 128, 129, 130}) {
+  for (const int64_t classes : {1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 129}) {
     for (const int64_t rows : {1, 15, 16, 17, 33}) {
       for (const Kind kind : kKinds) check_problem(kernels, random, random_choice(random, dtype), kind, rows, classes);
     }
   }
-  for (const int64_t classes : {1000, 1003}) {
+  for (const int64_t classes : {161, 321, 1003}) {
     for (const int64_t rows : {1, 17}) {
       for (const Kind kind : kKinds) check_problem(kernels, random, random_choice(random, dtype), kind, rows, classes);
     }
   }
-  for (const int64_t classes : {4096, 5003}) {
+  for (const int64_t classes : {2048, 2049, 5003, 8192, 8195, 17003}) {  // copied or not, one chunk or several
     check_problem(kernels, random, random_choice(random, dtype), Kind::padded_rows, 3, classes);
+    check_problem(kernels, random, random_choice(random, dtype), Kind::contiguous, 2, classes);
   }
   check_problem(kernels, random, random_choice(random, dtype), Kind::images, 3 * 32 * 2, 5);
 }
