@@ -21,9 +21,7 @@ namespace {
 using drsl::Kernels;
 using drsl::Task;
 
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 double median(std::vector<double> x) {
   std::sort(x.begin(), x.end());

@@ -2,7 +2,7 @@
 // "quad" of four words per row. Shuffles within 128 bits suffice for that, two per vector, where a square transpose takes
 // one per halving; and a row that does not end with a quad costs one more quad that reaches back, with no masks. Vectors
 // are never longer than 32 bytes here, even for AVX-512: eight row pointers stay in registers, sixteen do not.
-// Relies on memory.h; tile_kernel.h relies on it.
+// Relies on memory.h; tiles.h relies on it.
 #pragma once
 
 #include "memory.h"

@@ -1,114 +1,14 @@
 // Rows with few classes, or with classes that are not adjacent in memory: a tile of kLanes rows at a time, one
 // row per lane, held class by class in scratch. Vectors then run across rows, so ten classes cost ten vectors
 // for sixteen rows, and no step reduces across lanes. Pass 1 reads the tile, pass 2 turns it into exponentials and sums
-// them, pass 3 writes the gradient. Relies on call.h and quads.h; kernels.cpp relies on it.
+// them, pass 3 writes the gradient. Relies on call.h and tiles.h; kernels.cpp relies on it.
 #pragma once
 
 #include "call.h"
-#include "quads.h"
+#include "tiles.h"
 
 namespace drsl {
 inline namespace DRSL_ISA {
-
-// How the rows of a tile lie in memory.
-enum class TileShape { adjacent_classes, adjacent_rows, scattered };
-
-template <class S>
-DRSL_FN TileShape tile_shape(const int64_t* offsets, int64_t n, int64_t class_stride) {
-  if (class_stride == 1) return TileShape::adjacent_classes;
-  bool adjacent = n == Vec<S>::kLanes;
-  for (int64_t i = 1; i < n; ++i) adjacent &= offsets[i] == offsets[0] + i;
-  return adjacent ? TileShape::adjacent_rows : TileShape::scattered;
-}
-
-// visit(first class, number of classes) for squares of kLanes classes that cover a row. The last one reaches back over
-// classes that are done already, since a part of a vector costs more than a whole one; fewer classes are one part.
-template <class S, class Visit>
-DRSL_FN void sweep_squares(int64_t classes, Visit visit) {
-  constexpr int64_t kLanes = Vec<S>::kLanes;
-  if (classes < kLanes) return visit(int64_t(0), classes);
-  for (int64_t c = 0; c + kLanes <= classes; c += kLanes) visit(c, kLanes);
-  if (classes % kLanes) visit(classes - kLanes, kLanes);
-}
-
-// ---------------------------------------------------------------------------------------------------------
-// Between memory and vectors across rows
-
-// take(c, v) for every class c once: v has the class's elements of rows 0 .. n - 1 in its lanes; those from n on may hold
-// any number. `tile` is room for a tile, which take may write from class c on.
-template <class D, class Take, class S = Accumulator<D>>
-DRSL_FN void read_tile(const D* base, const int64_t* offsets, int64_t n, int64_t classes, int64_t stride, S* tile,
-                       Take take) {
-  constexpr int kLanes = Vec<S>::kLanes;
-  if constexpr (kQuadClasses<D> > 0) {
-    if (quads_fit<D>(classes, stride)) {
-      read_quads(base, offsets, n, classes, tile);
-      for (int64_t c = 0; c < classes; ++c) take(c, load(static_cast<const S*>(tile) + c * kLanes));
-      return;
-    }
-  }
-  switch (tile_shape<S>(offsets, n, stride)) {
-    case TileShape::adjacent_classes: {
-      int64_t taken = 0;
-      sweep_squares<S>(classes, [&](int64_t c, int64_t width) {
-        Vec<S> square[kLanes];
-        const auto row = [&](int i) { return base + offsets[i] + c; };
-        if (n < kLanes) {
-          for (int i = 0; i < kLanes; ++i) square[i] = i < n ? load_first(row(i), width) : Vec<S>(S(0));
-        } else if (width < kLanes) {
-          for (int i = 0; i < kLanes; ++i) square[i] = load_first(row(i), width);
-        } else {
-          for (int i = 0; i < kLanes; ++i) square[i] = load(row(i));
-        }
-        transpose(square);
-        for (int64_t j = taken - c; j < width; ++j) take(c + j, square[j]);
-        taken = c + width;
-      });
-      return;
-    }
-    case TileShape::adjacent_rows:
-      for (int64_t c = 0; c < classes; ++c) take(c, load(base + offsets[0] + c * stride));
-      return;
-    case TileShape::scattered:
-      for (int64_t c = 0; c < classes; ++c) {
-        S lanes[kLanes] = {};
-        for (int i = 0; i < n; ++i) lanes[i] = load_one(base + offsets[i] + c * stride);
-        take(c, load(static_cast<const S*>(lanes)));
-      }
-  }
-}
-
-// The way back: give(c) is the vector of class c. It may be asked for a class twice.
-template <class D, class Give, class S = Accumulator<D>>
-DRSL_FN void write_tile(D* base, const int64_t* offsets, int64_t n, int64_t classes, int64_t stride, Give give) {
-  constexpr int kLanes = Vec<S>::kLanes;
-  switch (tile_shape<S>(offsets, n, stride)) {
-    case TileShape::adjacent_classes:
-      sweep_squares<S>(classes, [&](int64_t c, int64_t width) {
-        Vec<S> square[kLanes];
-        const auto row = [&](int i) { return base + offsets[i] + c; };
-        if (width < kLanes) {
-          for (int j = 0; j < kLanes; ++j) square[j] = j < width ? give(c + j) : Vec<S>(S(0));
-          transpose(square);
-          for (int i = 0; i < n; ++i) store_first(row(i), square[i], width);
-        } else {
-          for (int j = 0; j < kLanes; ++j) square[j] = give(c + j);
-          transpose(square);
-          for (int i = 0; i < n; ++i) store(row(i), square[i]);
-        }
-      });
-      return;
-    case TileShape::adjacent_rows:
-      for (int64_t c = 0; c < classes; ++c) store(base + offsets[0] + c * stride, give(c));
-      return;
-    case TileShape::scattered:
-      for (int64_t c = 0; c < classes; ++c) {
-        S lanes[kLanes];
-        store(static_cast<S*>(lanes), give(c));
-        for (int i = 0; i < n; ++i) store_one(base + offsets[i] + c * stride, lanes[i]);
-      }
-  }
-}
 
 // Lines to fetch, a class at a time: of this tile's gradient in pass 1, of the tile that is next in pass 2. The memory
 // takes its time for each, so neither pass should ask for both.
@@ -141,6 +41,34 @@ struct TileTop {
   Vec<S> max, mean, count, label_logit;
 };
 
+// Each row's label in a tile, exchanged for the class beside it: a maximum over the tile is then one over the rests, and
+// no class needs to be compared with the label.
+template <class S>
+class SwappedLabels {
+ public:
+  DRSL_FN SwappedLabels(const BlockLabels<S>& labels, S* tile) {
+    constexpr int kLanes = Vec<S>::kLanes;
+    for (int i = 0; i < kLanes; ++i) {
+      const int64_t y = labels.number[i];
+      at_[i] = tile + y * kLanes + i;
+      own_[i] = *at_[i];
+      beside_[i] = tile[(y > 0 ? y - 1 : 1) * kLanes + i];
+    }
+    for (int i = 0; i < kLanes; ++i) *at_[i] = beside_[i];
+  }
+  DRSL_FN Vec<S> label_logit() const { return load(own_); }
+  DRSL_FN Vec<S> neighbour() const { return load(beside_); }
+  DRSL_FN void mask() {
+    for (S* at : at_) *at = -infinity<S>();
+  }
+
+ private:
+  S* at_[Vec<S>::kLanes];
+  S own_[Vec<S>::kLanes], beside_[Vec<S>::kLanes];
+};
+
+constexpr int64_t kFewestSwapped = 96;  // classes; with fewer it is quicker to compare each with the label
+
 // Pass 1: M, a rounded mu, n and z_y of each row. The tile holds the logits, with -inf in place of each row's label.
 template <bool kGrad, class D, class S = Accumulator<D>>
 DRSL_PASS TileTop<S> take_tile(const Call<D>& call, const int64_t* offsets, int64_t n, const BlockLabels<S>& labels,
@@ -150,18 +78,45 @@ DRSL_PASS TileTop<S> take_tile(const Call<D>& call, const int64_t* offsets, int6
   const Vec<S> lowest = -infinity<Vec<S>>(), zero(S(0)), one(S(1));
   Vec<S> max = lowest, sum = zero, label_logit = zero;
   const char* line = lines.grad;
-  read_tile(call.logits, offsets, n, classes, call.task.layout.logits_class_stride, tile, [&](int64_t c, Vec<S> v) {
-    const Mask<S> is = is_label(labels, c);
+  const auto ask_for_line = [&] {
     if constexpr (kGrad) {
       prefetch_to_write(line);
       line += lines.grad_step;
     }
-    label_logit = select(is, v, label_logit);
-    sum = sum + select(is, zero, v);
-    const Vec<S> rest = select(is, lowest, v);
-    max = max_(max, rest);
-    store(tile + c * kLanes, rest);
-  });
+  };
+  const bool quads = quads_fit<D>(classes, call.task.layout.logits_class_stride);
+  if (quads && classes >= kFewestSwapped) {
+    if constexpr (kQuadClasses<D> > 0) {
+      read_quads(call.logits, offsets, n, classes, tile);
+      SwappedLabels<S> swapped(labels, tile);
+      Vec<S> other_max = lowest, other_sum = zero;
+      const auto take = [&](int64_t c, Vec<S>& most, Vec<S>& total) {
+        const Vec<S> v = load(static_cast<const S*>(tile) + c * kLanes);
+        ask_for_line();
+        most = max_(most, v);
+        total = total + v;
+      };
+      for (int64_t c = 0; c + 2 <= classes; c += 2) {
+        take(c, max, sum);
+        take(c + 1, other_max, other_sum);
+      }
+      if (classes % 2) take(classes - 1, max, sum);
+      max = max_(max, other_max);
+      sum = (sum + other_sum) - swapped.neighbour();
+      label_logit = swapped.label_logit();
+      swapped.mask();
+    }
+  } else {
+    read_tile(call.logits, offsets, n, classes, call.task.layout.logits_class_stride, tile, [&](int64_t c, Vec<S> v) {
+      const Mask<S> is = is_label(labels, c);
+      ask_for_line();
+      label_logit = select(is, v, label_logit);
+      sum = sum + select(is, zero, v);
+      const Vec<S> rest = select(is, lowest, v);
+      max = max_(max, rest);
+      store(tile + c * kLanes, rest);
+    });
+  }
   const S others = S(classes > 2 ? classes - 1 : 1);
   const Vec<S> share(S(1) / others);
   Vec<S> mean = sum * share, count(S(classes - 1));
