@@ -21,6 +21,7 @@ from drsl_kernels.robustness import commands, experiment, train
 from drsl_kernels.robustness.cli import main
 from drsl_kernels.robustness.commands import drsl
 from drsl_kernels.robustness.losses import LOSS_NAMES, TrainingLoss
+from drsl_kernels.robustness.page import PAGES
 from drsl_kernels.robustness.pictures import PICTURES
 
 
@@ -62,6 +63,7 @@ class TestCompare:
     def no_pictures(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Drawing takes most of the time of a tiny comparison."""
         monkeypatch.setattr(commands, "draw_pictures", lambda *_: None)
+        monkeypatch.setattr(commands, "write_pages", lambda *_: None)
 
     @pytest.fixture
     def copy(self, finished: tuple[Path, str], tmp_path: Path) -> Path:
@@ -72,7 +74,7 @@ class TestCompare:
 
     def test_files(self, finished: tuple[Path, str]) -> None:
         folder, _ = finished
-        assert sorted(os.listdir(folder)) == sorted(["results.json", "results.csv", "runs", *PICTURES])
+        assert sorted(os.listdir(folder)) == sorted(["results.json", "results.csv", "runs", *PICTURES, *PAGES])
         assert sorted(os.listdir(folder / "runs")) == RUNS
         for name in PICTURES:
             assert (folder / name).read_bytes().startswith(b"\x89PNG")

@@ -10,7 +10,7 @@ from typing import Final
 
 __all__ = ["main"]
 
-_EXTRAS: Final = {"click", "rich", "sklearn", "matplotlib", "numpy"}
+_EXTRAS: Final = {"click", "rich", "sklearn", "scipy", "matplotlib", "numpy"}
 
 
 def main() -> None:

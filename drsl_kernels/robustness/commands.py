@@ -19,6 +19,7 @@ from .data import PARTS, Part
 from .experiment import Settings, compare, run_path
 from .losses import BASELINE, DEFAULT_TAUS, LOSS_NAMES, TrainingLoss
 from .options import Folder, Names, Radii, Tau
+from .page import PAGES, write_pages
 from .pictures import PICTURES, draw_pictures
 from .report import RESULTS, explanation, results_tables, write_results
 from .train import Recipe
@@ -162,7 +163,8 @@ def compare_command(
     Small networks are trained on the 1297 training images of scikit-learn's handwritten digits (8x8 pixels,
     nothing is downloaded) and judged with the 500 test images: as they are, and after attacks that change
     every pixel by at most eps to make the network fail. What remains correct is the robust accuracy. Prints a
-    table and writes results.json, results.csv and three pictures to the folder --out.
+    table and writes a report (report.html and report.md, with pictures) and the numbers (results.json and
+    results.csv) to the folder --out.
 
     \b
     Examples:
@@ -184,7 +186,7 @@ def compare_command(
     _check_device(options["device"])
     all_seeds = range(seed, seed + seeds)
     runs = [run_path(out, loss, seed) for loss in contestants for seed in all_seeds]
-    _prepare_folder(out, [*runs, *(out / name for name in (*RESULTS, *PICTURES))])
+    _prepare_folder(out, [*runs, *(out / name for name in (*RESULTS, *PICTURES, *PAGES))])
     settings = Settings(
         recipe=Recipe(epochs=epochs),
         epsilons=options["eps"],
@@ -204,13 +206,14 @@ def compare_command(
             raise click.ClickException(str(error)) from error
     write_results(comparison, out)
     draw_pictures(comparison, out)
+    write_pages(comparison, out)
     if comparison.reused:
         console.print(f"Found finished in {out} and used again: {comparison.reused} of {len(comparison.runs)} runs.")
     for table in results_tables(comparison):
         console.print(table)
     for what, meaning in explanation(comparison).items():
         console.print(f"{what}: {meaning}", highlight=False)
-    console.print(f"Written to {out}: {', '.join(RESULTS)}, {', '.join(PICTURES)}", soft_wrap=True)
+    console.print(f"Written to {out}: {', '.join(RESULTS)}, {', '.join(PICTURES)}, {', '.join(PAGES)}", soft_wrap=True)
 
 
 def _contestants(names: tuple[str, ...], taus: tuple[tuple[TrainingLoss, ...], ...]) -> list[TrainingLoss]:

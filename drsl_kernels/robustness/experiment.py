@@ -22,6 +22,7 @@ from drsl_kernels import info
 from .attacks import ATTACK_LOSSES, AttackLossName
 from .data import Part, Split, digits
 from .evaluate import Attack, second_largest_softmax, worst_case
+from .insight import Plane, feature_planes, wrong_class_distances
 from .losses import BASELINE, TrainingLoss
 from .models import small_cnn
 from .storage import read_json, write_json
@@ -31,7 +32,7 @@ from .train import EpochLog, Recipe, train
 __all__ = ["Comparison", "Progress", "RunResult", "Settings", "compare", "environment", "run_path"]
 
 # Part of every run's identity. Raise it when a change to training, attacks or data changes the numbers.
-_REVISION: Final = 1
+_REVISION: Final = 2
 
 _HISTOGRAM_EPS: Final = 0.1
 
@@ -89,7 +90,8 @@ class RunResult:
 
     Accuracies are fractions of `images` held-out images; `robust_accuracy` has one value per radius. The
     second largest softmax values are those of the held-out images, before and after the worst attack found
-    within `Settings.histogram_eps`.
+    within `Settings.histogram_eps`. Of each image also: `distances` of the wrong classes' softmax from their
+    average, without an attack, and whether it `survived` that attack. `planes` shows features before and after.
     """
 
     loss: TrainingLoss
@@ -100,6 +102,9 @@ class RunResult:
     epochs: tuple[EpochLog, ...]
     second_largest_before: tuple[float, ...]
     second_largest_after: tuple[float, ...]
+    distances: tuple[float, ...]
+    survived: tuple[bool, ...]
+    planes: tuple[Plane, ...]
 
 
 @dataclass(frozen=True)
@@ -213,7 +218,8 @@ def _run(settings: Settings, split: Split, loss: TrainingLoss, seed: int, progre
         generator=torch.Generator(device=settings.device).manual_seed(seed),
         on_restart=lambda eps, _: progress.step(f"attacking, eps {eps:.4g}"),
     )
-    attacked = found.points[found.epsilons.index(settings.histogram_eps())]
+    radius = found.epsilons.index(settings.histogram_eps())
+    attacked = found.points[radius]
     return RunResult(
         loss=loss,
         seed=seed,
@@ -223,6 +229,9 @@ def _run(settings: Settings, split: Split, loss: TrainingLoss, seed: int, progre
         epochs=tuple(logs),
         second_largest_before=tuple(second_largest_softmax(model, x).tolist()),
         second_largest_after=tuple(second_largest_softmax(model, attacked).tolist()),
+        distances=tuple(wrong_class_distances(model, x, y).tolist()),
+        survived=tuple(found.robust[radius].tolist()),
+        planes=feature_planes(model, x, attacked, y),
     )
 
 
@@ -268,7 +277,15 @@ def _as_run(result: Any) -> RunResult:
         epochs=tuple(EpochLog(**log) for log in result["epochs"]),
         second_largest_before=tuple(result["second_largest_before"]),
         second_largest_after=tuple(result["second_largest_after"]),
+        distances=tuple(result["distances"]),
+        survived=tuple(result["survived"]),
+        planes=tuple(_as_plane(plane) for plane in result["planes"]),
     )
+
+
+def _as_plane(plane: Any) -> Plane:
+    clean, attacked = (tuple((x, y) for x, y in plane[which]) for which in ("clean", "attacked"))
+    return Plane(plane["method"], clean, attacked, tuple(plane["labels"]))
 
 
 def _is_sound(run: RunResult, identity: dict[str, Any]) -> bool:
@@ -285,9 +302,11 @@ def _is_sound(run: RunResult, identity: dict[str, Any]) -> bool:
     return (
         (asdict(run.loss), run.seed) == (identity["loss"], identity["seed"])
         and type(run.images) is int
-        and all(len(values) == run.images for values in softmax)
+        and all(len(values) == run.images for values in (*softmax, run.distances, run.survived))
+        and all(type(value) is bool for value in run.survived)
+        and all(len(half) == len(plane.labels) for plane in run.planes for half in (plane.clean, plane.attacked))
         and len(run.robust_accuracy) == len(settings["epsilons"])
         and [log.epoch for log in run.epochs] == list(range(1, settings["recipe"]["epochs"] + 1))
-        and all(type(value) is float for value in (*fractions, *logged))
+        and all(type(value) is float for value in (*fractions, *logged, *run.distances))
         and all(0 <= value <= 1 for value in fractions)
     )

@@ -1,4 +1,6 @@
-"""The outcome of a comparison as pictures. Relies on `experiment` and matplotlib; `commands` relies on it.
+"""The outcome of a comparison as pictures.
+
+Relies on `experiment`, `inside_pictures` and matplotlib; `commands` and `page` rely on it.
 
 Colours are those of Okabe and Ito, which people with any kind of colour vision can tell apart; markers and
 outlines say the same again.
@@ -16,13 +18,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .experiment import Comparison
+from .inside_pictures import distance_and_attack, feature_planes_picture
 from .losses import TrainingLoss
 from .report import explanation
 from .storage import write_atomically
 
 __all__ = ["PICTURES", "draw_pictures"]
 
-PICTURES: Final = ("robust_accuracy.png", "second_largest_softmax.png", "training_curves.png")
+PICTURES: Final = (
+    "robust_accuracy.png",
+    "second_largest_softmax.png",
+    "distance_and_attack.png",
+    "feature_planes.png",
+    "training_curves.png",
+)
 
 _COLOURS: Final = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2")
 _MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X")
@@ -34,6 +43,8 @@ def draw_pictures(comparison: Comparison, folder: Path) -> None:
     figures = (
         _robust_accuracy(comparison),
         _second_largest_softmax(comparison),
+        distance_and_attack(comparison),
+        feature_planes_picture(comparison),
         _training_curves(comparison),
     )
     for name, figure in zip(PICTURES, figures, strict=True):

@@ -1,6 +1,6 @@
 """The outcome of a comparison as a table, as JSON and as CSV.
 
-Relies on `experiment`; `commands` relies on it.
+Relies on `experiment`; `commands`, `pictures` and `page` rely on it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .losses import TrainingLoss
 from .storage import write_atomically, write_json
 from .timing import ROUNDS
 
-__all__ = ["RESULTS", "MeanStd", "explanation", "results_tables", "write_results"]
+__all__ = ["RESULTS", "MeanStd", "accuracies", "explanation", "results_tables", "write_results"]
 
 RESULTS: Final = ("results.json", "results.csv")
 
@@ -85,7 +85,7 @@ def _table(comparison: Comparison, losses: Sequence[TrainingLoss]) -> Table:
     table.add_column("trained with")
     for loss in losses:
         table.add_column(str(loss).replace(" ", "\n"), justify="right")
-    clean, *robust = zip(*(_accuracies(comparison.of(loss)) for loss in losses), strict=True)
+    clean, *robust = zip(*(accuracies(comparison.of(loss)) for loss in losses), strict=True)
     table.add_row("clean", *(value.percent() for value in clean))
     for eps, values in zip(comparison.settings.epsilons, robust, strict=True):
         table.add_row(f"robust, eps {eps:.4g}", *(value.percent() for value in values))
@@ -96,7 +96,7 @@ def _table(comparison: Comparison, losses: Sequence[TrainingLoss]) -> Table:
     return table
 
 
-def _accuracies(runs: Sequence[RunResult]) -> list[MeanStd]:
+def accuracies(runs: Sequence[RunResult]) -> list[MeanStd]:
     """Clean first, then one per radius."""
     rows = [(run.clean_accuracy, *run.robust_accuracy) for run in runs]
     return [MeanStd.of(values) for values in zip(*rows, strict=True)]
@@ -114,7 +114,7 @@ def _as_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def _summary(comparison: Comparison, loss: TrainingLoss) -> dict[str, Any]:
-    clean, *robust = _accuracies(comparison.of(loss))
+    clean, *robust = accuracies(comparison.of(loss))
     time = comparison.times[loss]
     return {
         "loss": loss.name,

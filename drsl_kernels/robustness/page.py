@@ -1,0 +1,156 @@
+"""The outcome of a comparison as a page to read: Markdown, and HTML in one file with every picture inside.
+
+Relies on `report`, and on `pictures` for what was drawn; `commands` relies on it.
+"""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Final
+
+from .experiment import Comparison, environment
+from .inside_pictures import attack_correlation
+from .losses import BASELINE, TrainingLoss
+from .pictures import PICTURES
+from .report import MeanStd, accuracies, explanation
+from .storage import write_atomically
+
+__all__ = ["PAGES", "write_pages"]
+
+PAGES: Final = ("report.md", "report.html")
+
+_CAPTIONS: Final = {
+    "robust_accuracy.png": "Accuracy against the size of the perturbation.",
+    "second_largest_softmax.png": "The second largest softmax value of each image, before and after the attack.",
+    "distance_and_attack.png": "Distance of the wrong classes' softmax from their average, of images that the attack "
+    "broke and of those that it did not.",
+    "feature_planes.png": "What the network sees: features of images and of their attacked twins, reduced to a plane.",
+    "training_curves.png": "Training, epoch by epoch.",
+}
+
+_STYLE: Final = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; margin: 1rem 0; }
+th, td { border: 1px solid #bbb; padding: .3rem .7rem; text-align: right; }
+th:first-child, td:first-child { text-align: left; }
+img { max-width: 100%; height: auto; }
+figure { margin: 2rem 0; } figcaption { color: #555; }
+"""
+
+
+@dataclass(frozen=True)
+class _Page:
+    """What both formats say."""
+
+    sober: list[str]
+    head: list[str]
+    rows: list[list[str]]
+    meaning: list[str]
+
+
+def write_pages(comparison: Comparison, folder: Path) -> None:
+    """Write `PAGES` into the folder that holds the pictures already, each whole or not at all."""
+    page = _page(comparison)
+    for name, text in zip(PAGES, (_markdown(page), _html(page, folder)), strict=True):
+        write_atomically(folder / name, lambda path, text=text: _write(path, text))  # type: ignore[misc]
+
+
+def _page(comparison: Comparison) -> _Page:
+    losses = comparison.losses
+    columns = [accuracies(comparison.of(loss)) for loss in losses]
+    names = ["clean", *(f"robust, eps {eps:.4g}" for eps in comparison.settings.epsilons)]
+    rows = [
+        [name, *(value.percent() for value in values)]
+        for name, values in zip(names, zip(*columns, strict=True), strict=True)
+    ]
+    times = [comparison.times[loss] for loss in losses]
+    rows.append(["seconds per epoch", *(f"{time.seconds:.4f}" for time in times)])
+    rows.append(["ratio to F.cross_entropy", *(f"{time.ratio:.2f}" for time in times)])
+    ranks = [attack_correlation(comparison, loss) for loss in losses]
+    rows.append(["distance and being broken, rank correlation", *("" if r is None else f"{r:+.2f}" for r in ranks)])
+    software = "; ".join(f"{what} {value}" for what, value in environment().items())
+    meaning = [f"{what}: {words}" for what, words in explanation(comparison).items()]
+    return _Page(
+        sober=list(_sober(comparison)),
+        head=["trained with", *map(str, losses)],
+        rows=rows,
+        meaning=[*meaning, f"made with: {software}"],
+    )
+
+
+def _sober(comparison: Comparison) -> Iterator[str]:
+    """What the losses do not do, in words."""
+    baseline = next((loss for loss in comparison.losses if loss.name == BASELINE), None)
+    if baseline is None:
+        yield "There is no baseline here: whether a loss helps cannot be told without cross-entropy beside it."
+    else:
+        for loss in comparison.losses:
+            if loss != baseline:
+                yield from _against(comparison, loss, baseline)
+    if len(comparison.seeds) < 3:
+        yield f"{len(comparison.seeds)} seed(s) say little about the spread between trainings: use 3 or more."
+    if min(run.robust_accuracy[-1] for run in comparison.runs) > 0.2:
+        yield (
+            f"No model falls below 20 % at the largest eps, {comparison.settings.epsilons[-1]:g}: to see that the "
+            "attack works, a larger eps should be among those tried, where nothing can survive."
+        )
+
+
+def _against(comparison: Comparison, loss: TrainingLoss, baseline: TrainingLoss) -> Iterator[str]:
+    ours, theirs = (accuracies(comparison.of(some)) for some in (loss, baseline))
+    no_gain = [
+        f"{eps:.4g}"
+        for eps, a, b in zip(comparison.settings.epsilons, ours[1:], theirs[1:], strict=True)
+        if a.mean - b.mean <= _spread(a) + _spread(b)
+    ]
+    if no_gain:
+        yield f"{loss} is no more robust than {baseline}, within the spread of the seeds, at eps {', '.join(no_gain)}."
+    if ours[0].mean < theirs[0].mean - 0.01:
+        yield f"{loss} costs clean accuracy: {ours[0].percent()} % where {baseline} has {theirs[0].percent()} %."
+
+
+def _spread(value: MeanStd) -> float:
+    return value.std or 0.0
+
+
+def _markdown(page: _Page) -> str:
+    lines = ["# Accuracy under attack", ""]
+    if page.sober:
+        lines += ["What to keep in mind first:", "", *(f"- {words}" for words in page.sober), ""]
+    rows = [page.head, ["---", *["---:"] * (len(page.head) - 1)], *page.rows]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    lines += ["", "In %, but for the last lines.", "", *(f"- {words}" for words in page.meaning), ""]
+    for name in PICTURES:
+        lines += [f"![{_CAPTIONS[name]}]({name})", ""]
+    return "\n".join(lines)
+
+
+def _html(page: _Page, folder: Path) -> str:
+    def items(all_words: list[str]) -> str:
+        return "<ul>" + "".join(f"<li>{escape(words)}</li>" for words in all_words) + "</ul>"
+
+    head = "<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in page.head) + "</tr>"
+    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in page.rows)
+    figures = "".join(_figure(folder / name, _CAPTIONS[name]) for name in PICTURES)
+    sober = f"<p>What to keep in mind first:</p>{items(page.sober)}" if page.sober else ""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Accuracy under attack</title>'
+        f"<style>{_STYLE}</style></head>\n<body><h1>Accuracy under attack</h1>\n{sober}\n"
+        f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>\n<p>In %, but for the last lines.</p>\n"
+        f"{items(page.meaning)}\n{figures}\n</body></html>\n"
+    )
+
+
+def _figure(path: Path, caption: str) -> str:
+    data = b64encode(path.read_bytes()).decode("ascii")
+    words = escape(caption, quote=True)
+    image = f'<img alt="{words}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{words}</figcaption></figure>\n"
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,176 @@
+"""The report of a comparison: what it says first, its pictures, and whether a browser shows them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from drsl_kernels.robustness.data import digits
+from drsl_kernels.robustness.experiment import Comparison, RunResult, Settings
+from drsl_kernels.robustness.inside_pictures import attack_correlation
+from drsl_kernels.robustness.insight import PLANE_IMAGES, Plane, feature_planes, wrong_class_distances
+from drsl_kernels.robustness.losses import TrainingLoss
+from drsl_kernels.robustness.models import small_cnn
+from drsl_kernels.robustness.page import PAGES, write_pages
+from drsl_kernels.robustness.pictures import PICTURES, draw_pictures
+from drsl_kernels.robustness.timing import EpochTime
+from drsl_kernels.robustness.train import EpochLog
+
+CE, DRSL = TrainingLoss("ce"), TrainingLoss("non_target_logits", 0.3)
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+IMAGES = 40
+
+
+def run(loss: TrainingLoss, seed: int, robust: tuple[float, float], clean: float = 0.9) -> RunResult:
+    """What a run might leave behind; numbers differ a little from seed to seed."""
+    random = np.random.default_rng(seed)
+    points = tuple((float(a), float(b)) for a, b in random.normal(size=(IMAGES, 2)))
+    log = EpochLog(1, 1.0, 0.9, None if loss.tau == 0 else 0.3, 0.8, 0.1)
+    return RunResult(
+        loss=loss,
+        seed=seed,
+        images=IMAGES,
+        clean_accuracy=clean + seed / 1000,
+        robust_accuracy=(robust[0] + seed / 1000, robust[1] + seed / 1000),
+        epochs=(log, replace(log, epoch=2, loss=0.8)),
+        second_largest_before=tuple(random.uniform(0, 0.1, IMAGES).tolist()),
+        second_largest_after=tuple(random.uniform(0, 0.5, IMAGES).tolist()),
+        distances=tuple((10 ** random.uniform(-6, -1, IMAGES)).tolist()),
+        survived=tuple((random.uniform(size=IMAGES) > 0.5).tolist()),
+        planes=(Plane("PCA", points, points, (0, 1) * (IMAGES // 2)),),
+    )
+
+
+def comparison(ours: tuple[float, float] = (0.6, 0.1), clean: float = 0.9, seeds: int = 3) -> Comparison:
+    runs = [run(CE, seed, (0.4, 0.1)) for seed in range(seeds)]
+    runs += [run(DRSL, seed, ours, clean) for seed in range(seeds)]
+    times = {loss: EpochTime(0.01, 1.0) for loss in (CE, DRSL)}
+    return Comparison(Settings(epsilons=(0.1, 0.3)), (CE, DRSL), tuple(range(seeds)), tuple(runs), times, 0)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    draw_pictures(comparison(), folder)
+    write_pages(comparison(), folder)
+    return folder
+
+
+def markdown(folder: Path, found: Comparison) -> str:
+    for name in PICTURES:
+        (folder / name).write_bytes(b"")
+    write_pages(found, folder)
+    return (folder / PAGES[0]).read_text()
+
+
+def test_table(written: Path) -> None:
+    text = (written / "report.md").read_text()
+    assert "| trained with | ce | non_target_logits tau=0.3 |" in text
+    assert "| robust, eps 0.1 | 40.1 ± 0.1 | 60.1 ± 0.1 |" in text
+    for name in PICTURES:
+        assert f"]({name})" in text
+
+
+def test_what_a_loss_does_not_do_comes_first(tmp_path: Path) -> None:
+    text = markdown(tmp_path, comparison())
+    first = text.index(
+        "non_target_logits tau=0.3 is no more robust than ce, within the spread of the seeds, at eps 0.3."
+    )
+    assert first < text.index("| trained with |")
+    assert "costs clean accuracy" not in text
+    assert "costs clean accuracy: 85.1 ± 0.1 % where ce has 90.1 ± 0.1 %" in markdown(tmp_path, comparison(clean=0.85))
+    assert "no more robust" not in markdown(tmp_path, comparison(ours=(0.6, 0.2)))
+    unbroken = replace(comparison(), runs=(run(CE, 0, (0.9, 0.8)), run(DRSL, 0, (0.9, 0.8))))
+    assert "a larger eps" in markdown(tmp_path, unbroken)
+    assert "a larger eps" not in markdown(tmp_path, comparison())
+    assert "say little" in markdown(tmp_path, comparison(seeds=1))
+
+
+def test_no_baseline(tmp_path: Path) -> None:
+    found = comparison()
+    alone = replace(found, losses=(DRSL,), runs=tuple(run for run in found.runs if run.loss == DRSL))
+    assert "no baseline" in markdown(tmp_path, alone)
+
+
+class Images(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[dict[str, str | None]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "img":
+            self.found.append(dict(attrs))
+        assert tag not in ("script", "link", "iframe")
+
+
+def test_html_holds_all_that_it_shows(written: Path) -> None:
+    images = Images()
+    images.feed((written / "report.html").read_text())
+    assert len(images.found) == len(PICTURES)
+    for image in images.found:
+        assert (image["src"] or "").startswith("data:image/png;base64,")
+        assert image["alt"]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_browser_shows_every_picture(written: Path, tmp_path: Path) -> None:
+    """Decoded, and with a size on the page."""
+    script = """<script>
+      addEventListener("load", () => document.body.dataset.sizes = JSON.stringify(
+        [...document.images].map(i => i.complete && i.naturalWidth > 0 ? i.getBoundingClientRect().width : 0)));
+    </script></body>"""
+    page = tmp_path / "page.html"
+    page.write_text((written / "report.html").read_text().replace("</body>", script))
+    assert CHROMIUM is not None
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=5000",
+        f"--user-data-dir={tmp_path}/x",
+    ]
+    done = subprocess.run(
+        [CHROMIUM, *options, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120
+    )
+    sizes = json.loads(done.stdout.partition('data-sizes="')[2].partition('"')[0])
+    assert len(sizes) == len(PICTURES)
+    assert min(sizes) > 200
+
+
+def test_correlation() -> None:
+    found = comparison(seeds=1)
+    ce = replace(found.runs[0], distances=tuple(i / 100 for i in range(IMAGES)), survived=(True,) * 20 + (False,) * 20)
+    assert attack_correlation(replace(found, runs=(ce,)), CE) == pytest.approx(0.866, abs=1e-3)
+    alike = replace(ce, survived=(True,) * IMAGES)
+    assert attack_correlation(replace(found, runs=(alike,)), CE) is None
+
+
+def test_distances() -> None:
+    x, y = torch.randn(7, 3), torch.tensor([0, 1, 2, 3, 0, 1, 2])
+    model = nn.Linear(3, 4)
+    p = model(x).double().softmax(1)
+    want = [sum((p[i, k] - (1 - p[i, y[i]]) / 3) ** 2 for k in range(4) if k != y[i]) for i in range(7)]
+    got = wrong_class_distances(model, x, y, batch_size=3)
+    torch.testing.assert_close(got, torch.stack(want).detach(), rtol=1e-9, atol=0)
+
+
+def test_planes() -> None:
+    x, y = digits().held_out_x[:200], digits().held_out_y[:200]
+    model = small_cnn(0).train()
+    planes = feature_planes(model, x, x + 0.1, y)
+    assert model.training
+    assert [plane.method for plane in planes] == ["PCA", "t-SNE"]
+    for plane in planes:
+        assert len(plane.clean) == len(plane.attacked) == len(plane.labels) == PLANE_IMAGES
+        assert np.isfinite(plane.clean).all()
+    assert feature_planes(model, x, x + 0.1, y) == planes
+    assert feature_planes(model, x[:3], x[:3], y[:3]) == ()
