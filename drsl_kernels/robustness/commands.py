@@ -22,6 +22,7 @@ from .options import Folder, Names, Radii, Tau
 from .pictures import PICTURES, draw_pictures
 from .report import RESULTS, explanation, results_tables, write_results
 from .train import Recipe
+from .train_command import train_command
 
 __all__ = ["drsl"]
 
@@ -44,6 +45,9 @@ def drsl() -> None:
 
     To begin, run `drsl compare`: it needs no options and no data of yours.
     """
+
+
+drsl.add_command(train_command)
 
 
 @drsl.command("compare")

@@ -82,11 +82,23 @@ class TrainingLoss:
     def __str__(self) -> str:
         return self.name if self.name == BASELINE else f"{self.name} tau={self.tau_text()}"
 
-    def __call__(self, logits: Tensor, y: Tensor) -> BatchResult:
-        """logits (N, C), y (N,) -> the mean loss and the sums of the log."""
+    def __call__(self, logits: Tensor, y: Tensor, *, label_smoothing: float = 0.0) -> BatchResult:
+        """logits (N, C), y (N,) -> the mean loss and the sums of the log.
+
+        `label_smoothing`, as in `F.cross_entropy`, changes the loss and not the cross-entropy of the log.
+        """
         if self.name == BASELINE:
-            loss = F.cross_entropy(logits, y)
-            correct = (logits.detach().argmax(1) == y).sum()
-            return BatchResult(loss, loss.detach() * len(y), None, correct)
-        loss, stats = fused_drsl_loss(logits, y, self.tau, distance=cast(Distance, self.name), return_stats=True)
+            loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
+            detached = logits.detach()
+            correct = (detached.argmax(1) == y).sum()
+            plain = F.cross_entropy(detached, y) if label_smoothing else loss.detach()
+            return BatchResult(loss, plain * len(y), None, correct)
+        loss, stats = fused_drsl_loss(
+            logits,
+            y,
+            self.tau,
+            distance=cast(Distance, self.name),
+            label_smoothing=label_smoothing,
+            return_stats=True,
+        )
         return BatchResult(loss, stats.cross_entropy.sum(), stats.distance.sum(), stats.correct.sum())
