@@ -282,6 +282,23 @@ class TestPlainTraining:
         assert smooth.cross_entropy.item() == pytest.approx(F.cross_entropy(logits, y, reduction="sum").item())
         assert smooth.correct == plain.correct
 
+    @pytest.mark.parametrize(("name", "q"), [("gce", 0.7), ("mae", 1.0)])
+    def test_losses_for_noisy_labels(self, split: Split, name: str, q: float) -> None:
+        logits = torch.randn(7, 5, generator=seeded()).double()
+        y = torch.randint(5, (7,), generator=seeded(1))
+        p = logits.softmax(1).gather(1, y[:, None])
+        result = TrainingLoss(name)(logits, y)
+        assert result.loss.item() == pytest.approx(((1 - p**q) / q).mean().item() * (2 if name == "mae" else 1))
+        assert result.cross_entropy.item() == pytest.approx(-p.log().sum().item())
+        assert result.distance is None
+        (log,) = train(linear(10), split.train_x, split.train_y, TrainingLoss(name), Recipe(1), generator=seeded())
+        assert log.distance is None
+        assert str(TrainingLoss(name)) == name
+        with pytest.raises(ValueError, match=f"tau of {name} must be 0: it has no penalty; got 1"):
+            TrainingLoss(name, 1)
+        with pytest.raises(ValueError, match="label_smoothing"):
+            TrainingLoss(name)(logits, y, label_smoothing=0.1)
+
     def test_label_smoothing_reaches_training(self, split: Split) -> None:
         recipe = replace(QUICK.recipe, label_smoothing=0.3)
         model = small_cnn(3)

@@ -1,9 +1,7 @@
-r"""Training on attacked images: what one batch costs, and how its examples are made.
+"""Training on attacked images: what one batch costs, and how its examples are made.
 
-.. math::
-    \text{Madry:}\quad & L(f(x'), y), & x' = \arg\max_{\|x' - x\| \le \epsilon} A(f(x'), y) \\
-    \text{TRADES:}\quad & L(f(x), y) + \beta\, \mathrm{KL}(p(x) \| p(x')),
-        & x' = \arg\max_{\|x' - x\| \le \epsilon} \mathrm{KL}(p(x) \| p(x'))
+    Madry    L(f(x'), y)                           x' = argmax of A(f(x'), y)        within eps of x
+    TRADES   L(f(x), y) + beta KL(p(x) || p(x'))   x' = argmax of KL(p(x) || p(x'))  within eps of x
 
 L is any `TrainingLoss`, A the inner loss, p the softmax of f. The maximum is sought by the steps of `attacks.pgd` (sum
 over samples, never the mean; sign or unit length; ball, then [0, 1]), but the last point is taken and not the best one:

@@ -106,14 +106,14 @@ def run(
 
     Args:
         settings: of the run; on resuming the same as those it began with.
-        folder: for its files.
+        folder: for its files; processes on several machines need to share it.
         resume: go on with the run in the folder; begin one where there is none.
         world: the processes that train together; rank 0 alone writes.
         checkpoint_batches: write last.pt after so many batches, too, not only after each epoch; 0 for not.
         tensorboard: write event files, where the package tensorboard is installed.
 
-    The weights depend on settings, number of processes, software and type of machine alone: not on how often the run
-    was interrupted and resumed, nor on `checkpoint_batches`.
+    All images are kept on the device. The weights depend on settings, number of processes, software and type of
+    machine alone: not on how often the run was interrupted and resumed, nor on `checkpoint_batches`.
 
     Raises:
         FileExistsError: the folder holds a run, and `resume` is False.

@@ -131,4 +131,4 @@ def default_attack(dataset: str, method: Method) -> Adversarial:
 
 def default_tau(name: str) -> float:
     """The weight of a loss's distance that did best on held-out images; see `losses.DEFAULT_TAUS`."""
-    return DEFAULT_TAUS[name][-1]
+    return DEFAULT_TAUS.get(name, (0.0,))[-1]

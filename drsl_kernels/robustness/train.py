@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .adversarial import batch_result, draw_starts
 from .augmentation import crop_and_flip, draw_crops
 from .distributed import World
-from .losses import BASELINE, BatchResult, TrainingLoss
+from .losses import BatchResult, TrainingLoss
 from .optimisation import learning_rate_at, make_optimizer, set_learning_rate
 from .random_streams import generator_for, own_random_state, seed_global_state
 from .recipe import Recipe
@@ -32,7 +32,7 @@ _LOOK_EVERY = 100
 class EpochLog:
     """Means over the training images of one epoch, each taken before the step on its batch.
 
-    `distance` is D without tau, None for plain cross-entropy; `accuracy` is in [0, 1]; `seconds` is wall
+    `distance` is D without tau, None for losses without one; `accuracy` is in [0, 1]; `seconds` is wall
     time. `loss` is what is descended, all of it; the others are those of the images that the loss looks at: attacked
     ones in Madry training, clean ones in TRADES.
     """
@@ -135,8 +135,8 @@ class EpochSums:
 
     def log(self, epoch: int, images: int, loss: TrainingLoss) -> EpochLog:
         total, cross_entropy, distance, correct = (float(sums.sum()) / images for sums in self.rows.T.contiguous())
-        has_distance = loss.name != BASELINE
-        return EpochLog(epoch, total, cross_entropy, distance if has_distance else None, correct, self.elapsed())
+        distances = distance if loss.has_distance else None
+        return EpochLog(epoch, total, cross_entropy, distances, correct, self.elapsed())
 
 
 def train_epoch(

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .data import DATASETS
 from .distributed import joined_world
 from .engine import BEST, Outcome, read_settings, run
-from .losses import BASELINE, LOSS_NAMES, TrainingLoss
+from .losses import ALL_LOSSES, BASELINE, TRUTHS, TrainingLoss
 from .models import MODELS
 from .options import Folder, Radii
 from .recipe import AMP, AUGMENTATIONS, CRAFT_MODES, INNER_LOSSES, METHODS, NORMS, OPTIMIZERS, SCHEDULES, Recipe
@@ -79,9 +79,9 @@ class _Milestones(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 @click.option(
     "--loss",
     "loss_name",
-    type=click.Choice(LOSS_NAMES),
-    help=f"{BASELINE} is cross-entropy alone, any other cross-entropy plus tau times the distance of that name."
-    f"  [default: {BASELINE}]",
+    type=click.Choice(ALL_LOSSES),
+    help=f"{BASELINE} is cross-entropy alone, {' and '.join(TRUTHS)} are made for noisy labels; any other is "
+    f"cross-entropy plus tau times the distance of that name.  [default: {BASELINE}]",
 )
 @click.option("--tau", type=float, help="Weight of the distance. By default the one that suits it on the digits.")
 @click.option("--epochs", type=click.IntRange(min=1), help="Passes over the training images.")
@@ -165,8 +165,8 @@ def train_command(out: Path, resume: bool, checkpoint_batches: int | None, tenso
     given = {name: value for name, value in options.items() if value is not None}
     try:
         settings = _settings(out, resume, given)
-        _check_device(settings.device)
         with joined_world(settings.device) as world:
+            _check_device(settings.device)
             console = Console(quiet=world.rank > 0)
             with _Bars(console) as bars:
                 outcome = run(
