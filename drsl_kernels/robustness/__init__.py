@@ -7,10 +7,12 @@ extra "lab".
 from .attacks import ATTACK_LOSSES, pgd
 from .evaluate import Attack, WorstCase, second_largest_softmax, worst_case
 from .losses import TrainingLoss
-from .train import EpochLog, Recipe, train
+from .recipe import Adversarial, Recipe
+from .train import EpochLog, train
 
 __all__ = [
     "ATTACK_LOSSES",
+    "Adversarial",
     "Attack",
     "EpochLog",
     "Recipe",

@@ -23,6 +23,7 @@ from .page import PAGES, write_pages
 from .pictures import PICTURES, draw_pictures
 from .report import RESULTS, explanation, results_tables, write_results
 from .train import Recipe
+from .train_command import train_command
 
 __all__ = ["drsl"]
 
@@ -45,6 +46,9 @@ def drsl() -> None:
 
     To begin, run `drsl compare`: it needs no options and no data of yours.
     """
+
+
+drsl.add_command(train_command)
 
 
 @drsl.command("compare")

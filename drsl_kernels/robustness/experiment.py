@@ -242,6 +242,7 @@ def _steps(settings: Settings) -> int:
 def _identity(settings: Settings, loss: TrainingLoss, seed: int) -> dict[str, Any]:
     """All that decides a run's numbers, as JSON gives it back (lists for tuples)."""
     content = asdict(settings) | {
+        "recipe": settings.recipe.as_json(),
         "epsilons": list(settings.epsilons),
         "attack_losses": list(settings.attack_losses),
     }

@@ -1,6 +1,6 @@
 """The losses to train with, by name, and the weight tau that each has unless told otherwise.
 
-Relies on `drsl_kernels.fused_drsl_loss`; `train`, `timing`, `experiment` and `commands`
+Relies on `drsl_kernels.softmax_loss`; `train`, `timing`, `experiment` and `commands`
 rely on it.
 """
 
@@ -13,13 +13,17 @@ from typing import Final, NamedTuple, cast
 import torch.nn.functional as F
 from torch import Tensor
 
-from drsl_kernels import fused_drsl_loss
-from drsl_kernels.spec import DISTANCES, Distance
+from drsl_kernels import softmax_loss
+from drsl_kernels.spec import DISTANCES, Distance, Truth
 
-__all__ = ["BASELINE", "DEFAULT_TAUS", "LOSS_NAMES", "BatchResult", "TrainingLoss"]
+__all__ = ["ALL_LOSSES", "BASELINE", "DEFAULT_TAUS", "LOSS_NAMES", "TRUTHS", "BatchResult", "TrainingLoss"]
 
 BASELINE: Final = "ce"
 LOSS_NAMES: Final[tuple[str, ...]] = (BASELINE, *DISTANCES)
+
+# Losses without a penalty that take the place of cross-entropy, made for labels that are partly wrong.
+TRUTHS: Final = ("gce", "mae")
+ALL_LOSSES: Final = (*LOSS_NAMES, *TRUTHS)
 
 # Swept for `uniform` and `non_target_logits` on held-out training images, with five seeds that the default
 # comparison does not use (`drsl compare --help` has the command). Robust accuracy at eps 0.1, in %, where
@@ -45,7 +49,7 @@ DEFAULT_TAUS: Final[dict[str, tuple[float, ...]]] = {
 class BatchResult(NamedTuple):
     """One batch: the loss to descend, and detached sums over its rows for the log.
 
-    `distance` is None for plain cross-entropy, which does not compute one.
+    `distance` is None for losses without a penalty.
     """
 
     loss: Tensor
@@ -56,23 +60,30 @@ class BatchResult(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainingLoss:
-    """A loss to train with: "ce" is `torch.nn.functional.cross_entropy`, any other name is the distance of
-    `drsl_kernels.fused_drsl_loss`, with weight tau and the mean over the batch.
+    """A loss to train with, averaged over the batch: "ce" is `torch.nn.functional.cross_entropy`; the name of a
+    distance of `drsl_kernels.fused_drsl_loss` is cross-entropy plus tau times that distance; "gce" (q = 0.7) and
+    "mae" are those of `drsl_kernels.softmax_loss`.
 
     Raises:
-        ValueError: an unknown name, tau not finite or negative, or a tau other than 0 for "ce".
+        ValueError: an unknown name, tau not finite or negative, or a tau other than 0 for a loss without a distance.
     """
 
     name: str
     tau: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.name not in LOSS_NAMES:
-            raise ValueError(f"unknown loss {self.name!r}; the losses are {', '.join(LOSS_NAMES)}")
+        if self.name not in ALL_LOSSES:
+            raise ValueError(f"unknown loss {self.name!r}; the losses are {', '.join(ALL_LOSSES)}")
         if not 0 <= self.tau < math.inf:
             raise ValueError(f"tau of {self.name} must be 0 or more and finite, got {self.tau!r}")
         if self.name == BASELINE and self.tau != 0:
             raise ValueError(f"tau of {BASELINE} must be 0: cross-entropy has no penalty; got {self.tau!r}")
+        if self.name in TRUTHS and self.tau != 0:
+            raise ValueError(f"tau of {self.name} must be 0: it has no penalty; got {self.tau!r}")
+
+    @property
+    def has_distance(self) -> bool:
+        return self.name in DISTANCES
 
     def tau_text(self) -> str:
         """tau as short as it can be written without becoming another number."""
@@ -80,13 +91,29 @@ class TrainingLoss:
         return short if float(short) == self.tau else repr(self.tau)
 
     def __str__(self) -> str:
-        return self.name if self.name == BASELINE else f"{self.name} tau={self.tau_text()}"
+        return f"{self.name} tau={self.tau_text()}" if self.has_distance else self.name
 
-    def __call__(self, logits: Tensor, y: Tensor) -> BatchResult:
-        """logits (N, C), y (N,) -> the mean loss and the sums of the log."""
+    def __call__(self, logits: Tensor, y: Tensor, *, label_smoothing: float = 0.0) -> BatchResult:
+        """logits (N, C), y (N,) -> the mean loss and the sums of the log.
+
+        `label_smoothing`, as in `F.cross_entropy`, changes the loss and not the cross-entropy of the log. ValueError
+        where it is not 0 and the loss is not defined with it ("gce", "mae").
+        """
         if self.name == BASELINE:
-            loss = F.cross_entropy(logits, y)
-            correct = (logits.detach().argmax(1) == y).sum()
-            return BatchResult(loss, loss.detach() * len(y), None, correct)
-        loss, stats = fused_drsl_loss(logits, y, self.tau, distance=cast(Distance, self.name), return_stats=True)
-        return BatchResult(loss, stats.cross_entropy.sum(), stats.distance.sum(), stats.correct.sum())
+            loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
+            detached = logits.detach()
+            correct = (detached.argmax(1) == y).sum()
+            plain = F.cross_entropy(detached, y) if label_smoothing else loss.detach()
+            return BatchResult(loss, plain * len(y), None, correct)
+        truth, distance = ("ce", self.name) if self.has_distance else (self.name, None)
+        loss, stats = softmax_loss(
+            logits,
+            y,
+            truth=cast(Truth, truth),
+            distance=cast("Distance | None", distance),
+            tau=self.tau,
+            label_smoothing=label_smoothing,
+            return_stats=True,
+        )
+        distances = stats.distance.sum() if self.has_distance else None
+        return BatchResult(loss, stats.cross_entropy.sum(), distances, stats.correct.sum())

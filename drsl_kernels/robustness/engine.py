@@ -1,0 +1,341 @@
+"""A training run in a folder: epochs, validation, the best checkpoint, and going on after any interruption.
+
+A folder holds settings.json, last.pt (everything that going on needs), best.pt (the model of the best epoch on held-out
+training images; the test images are never loaded), metrics.csv and tensorboard/. Each file is whole or absent at every
+moment, and last.pt is written last: whatever comes after it in a run that was killed is done again, with the same
+result. Relies on `train`, `validation`, `checkpoint`, `training_logs`, `data` and `models`; `train_command` relies on
+it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from drsl_kernels import __version__
+
+from .checkpoint import FORMAT, load_checkpoint, save_checkpoint
+from .data import DatasetInfo, Split, dataset_info, load, noisy_labels
+from .distributed import World
+from .models import make_model
+from .optimisation import learning_rate_at
+from .random_streams import deterministic, own_random_state, seed_for
+from .settings import TrainingSettings, differences
+from .storage import read_json, write_json
+from .train import EpochLog, EpochSums, make_optimizer, make_scaler, train_epoch
+from .training_logs import Curves, EpochRow, write_metrics
+from .validation import Validation, validate
+
+__all__ = ["FILES", "Outcome", "Progress", "Silent", "read_settings", "run"]
+
+SETTINGS: Final = "settings.json"
+LAST: Final = "last.pt"
+BEST: Final = "best.pt"
+METRICS: Final = "metrics.csv"
+CURVES: Final = "tensorboard"
+FILES: Final = (SETTINGS, LAST, BEST, METRICS)
+
+
+class Progress(Protocol):
+    """Who wants to know how far a run is."""
+
+    def begin(self, settings: TrainingSettings, epoch: int, batches: int, batch: int) -> None:
+        """Epoch `epoch` of `batches` batches comes next, or goes on after so many of them."""
+
+    def batch(self) -> None:
+        """One step is done."""
+
+    def epoch(self, row: EpochRow, best: bool) -> None:
+        """An epoch is done, and whether it is the best so far."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+
+
+class Silent:
+    """A `Progress` that tells nobody."""
+
+    def begin(self, settings: TrainingSettings, epoch: int, batches: int, batch: int) -> None: ...
+
+    def batch(self) -> None: ...
+
+    def epoch(self, row: EpochRow, best: bool) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run: its epochs, the best of them, and whether it had been finished before."""
+
+    rows: tuple[EpochRow, ...]
+    best: EpochRow
+    was_finished: bool
+
+
+def read_settings(folder: Path) -> TrainingSettings | None:
+    """The settings of the run in a folder, None if there is none.
+
+    Raises:
+        ValueError: settings.json is not what a run writes.
+    """
+    path = folder / SETTINGS
+    if not path.exists():
+        return None
+    try:
+        return TrainingSettings.from_json(read_json(path)["settings"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not hold the settings of a training run: {error}") from error
+
+
+def run(
+    settings: TrainingSettings,
+    folder: Path,
+    *,
+    resume: bool = False,
+    world: World | None = None,
+    checkpoint_batches: int = 0,
+    tensorboard: bool = True,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Train, or go on with training, until the last epoch is done.
+
+    Args:
+        settings: of the run; on resuming the same as those it began with.
+        folder: for its files; processes on several machines need to share it.
+        resume: go on with the run in the folder; begin one where there is none.
+        world: the processes that train together; rank 0 alone writes.
+        checkpoint_batches: write last.pt after so many batches, too, not only after each epoch; 0 for not.
+        tensorboard: write event files, where the package tensorboard is installed.
+
+    All images are kept on the device. The weights depend on settings, number of processes, software and type of
+    machine alone: not on how often the run was interrupted and resumed, nor on `checkpoint_batches`.
+
+    Raises:
+        FileExistsError: the folder holds a run, and `resume` is False.
+        ValueError: the run in the folder has other settings; the message names them.
+        FileNotFoundError: the data are missing; the message names the files.
+        FloatingPointError: the loss, a weight or a validation logit is not finite; the message names epoch and batch.
+            last.pt and best.pt stay as they were.
+    """
+    world, progress = world or World(), progress or Silent()
+    _check_folder(settings, folder, resume, world, progress)
+    with deterministic(settings.threads), own_random_state(torch.device(settings.device)):
+        training = _Training(settings, folder, world, progress)
+        if resume and (folder / LAST).exists():
+            training.load(load_checkpoint(folder / LAST))
+        world.wait()  # no process writes before all have looked
+        if world.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for unfinished in folder.glob(".unfinished-*"):
+                unfinished.unlink()
+            if not (folder / SETTINGS).exists():
+                write_json(folder / SETTINGS, _settings_json(settings, world))
+        was_finished = training.finished
+        if world.rank == 0 and training.rows:
+            write_metrics(folder / METRICS, training.rows)
+        curves = Curves(
+            folder / CURVES if tensorboard and world.rank == 0 and not was_finished else None, len(training.rows) + 1
+        )
+        if curves.missing:
+            progress.note("No TensorBoard curves: the package tensorboard is not installed.")
+        with curves:
+            while not training.finished:
+                training.epoch(checkpoint_batches, curves)
+    rows = tuple(training.rows)
+    return Outcome(rows, rows[training.best_epoch - 1], was_finished)
+
+
+def _check_folder(settings: TrainingSettings, folder: Path, resume: bool, world: World, progress: Progress) -> None:
+    before = read_settings(folder)
+    if before is None:
+        if any((folder / name).exists() for name in FILES):
+            raise FileExistsError(f"{folder} holds files of a training run, but no {SETTINGS}: choose another folder")
+        return
+    if not resume:
+        raise FileExistsError(f"{folder} holds a training run: resume it, or choose another folder")
+    content = read_json(folder / SETTINGS)
+    now = _settings_json(settings, world)
+    different = differences(
+        content["settings"] | {"processes": content["processes"]}, now["settings"] | {"processes": world.size}
+    )
+    if different:
+        raise ValueError(f"cannot resume {folder} with other settings: {'; '.join(different)}")
+    if content["software"] != now["software"]:
+        progress.note(
+            f"Begun with {content['software']}, goes on with {now['software']}: the last digits may differ from those "
+            "of an undisturbed run."
+        )
+
+
+def _settings_json(settings: TrainingSettings, world: World) -> dict[str, Any]:
+    software = {"drsl_kernels": __version__, "torch": str(torch.__version__)}
+    return {"format": FORMAT, "settings": settings.as_json(), "processes": world.size, "software": software}
+
+
+@dataclass
+class _Training:
+    """A run between two steps."""
+
+    settings: TrainingSettings
+    folder: Path
+    world: World
+    progress: Progress
+    rows: list[EpochRow] = field(default_factory=list)
+    best_epoch: int = 0
+    sums: EpochSums | None = None  # of an epoch that was interrupted
+
+    def __post_init__(self) -> None:
+        settings, device = self.settings, torch.device(self.settings.device)
+        self.info = dataset_info(settings.dataset)
+        self.split = _load(settings, self.info)
+        self.model: nn.Module = make_model(
+            settings.model,
+            shape=self.info.shape,
+            classes=self.info.classes,
+            seed=settings.seed,
+            mean=self.info.mean,
+            std=self.info.std,
+        ).to(device)
+        self.optimizer = make_optimizer(self.model, settings.recipe)
+        self.scaler = make_scaler(settings.recipe, device)
+        self.order = torch.Generator().manual_seed(settings.seed)
+        self.batches = -(-len(self.split.train_y) // settings.recipe.batch_size)
+
+    @property
+    def finished(self) -> bool:
+        return len(self.rows) == self.settings.recipe.epochs
+
+    def epoch(self, checkpoint_batches: int, curves: Curves) -> None:
+        """Train for the next epoch or the rest of it, validate, write."""
+        epoch, order = len(self.rows) + 1, self.order.get_state()
+        recipe = self.settings.recipe
+        sums, self.sums = self.sums or EpochSums(), None
+
+        def on_batch(sums: EpochSums) -> None:
+            self.progress.batch()
+            if checkpoint_batches and sums.batches % checkpoint_batches == 0 and sums.batches < self.batches:
+                sums.look(self.world, self.settings.loss, recipe, epoch)
+                self._save_last(order, sums, f"epoch {epoch}, batch {sums.batches}")
+
+        self.progress.begin(self.settings, epoch, self.batches, sums.batches)
+        log = train_epoch(
+            self.model,
+            self.split.train_x,
+            self.split.train_y,
+            self.settings.loss,
+            recipe,
+            self.optimizer,
+            epoch=epoch,
+            generator=self.order,
+            scaler=self.scaler,
+            world=self.world,
+            sums=sums,
+            on_batch=on_batch,
+        )
+        validation = self._validate(epoch)
+        row = _row(log, validation, learning_rate_at(recipe, epoch * self.batches - 1, self.batches))
+        is_best = self.best_epoch == 0 or validation.score > _score(self.rows[self.best_epoch - 1])
+        self.rows.append(row)
+        if is_best:
+            self.best_epoch = epoch
+            self._save(BEST, {})
+        if self.world.rank == 0:
+            curves.add(row)
+            write_metrics(self.folder / METRICS, self.rows)
+        self._save_last(self.order.get_state(), EpochSums(), f"epoch {epoch}, batch {self.batches}")
+        self.progress.epoch(row, is_best)
+
+    def load(self, content: dict[str, Any]) -> None:
+        """Stand where the run stood when it wrote this checkpoint."""
+        state = content["state"]
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.order.set_state(state["order"])
+        self.rows = [EpochRow(**row) for row in state["rows"]]
+        self.best_epoch = state["best_epoch"]
+        self.sums = EpochSums(state["sums"], state["seconds"])
+
+    def _validate(self, epoch: int) -> Validation:
+        recipe = self.settings.recipe
+        try:
+            return validate(
+                self.model,
+                self.split.held_out_x,
+                self.split.held_out_y,
+                adversarial=recipe.adversarial,
+                robust_images=self.settings.robust_images,
+                seed=self.settings.seed,
+                world=self.world,
+            )
+        except FloatingPointError as error:
+            raise FloatingPointError(f"after epoch {epoch}, batch {self.batches}: {error}") from error
+
+    def _save_last(self, order: Tensor, sums: EpochSums, place: str) -> None:
+        """`order` is the state of the generator at the start of the epoch that comes next or goes on."""
+        for name, parameter in self.model.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                raise FloatingPointError(f"the weights {name} are not finite after {place}")
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "order": order,
+            "rows": [asdict(row) for row in self.rows],
+            "best_epoch": self.best_epoch,
+            "sums": sums.rows,
+            "seconds": sums.elapsed(),
+        }
+        self._save(LAST, {"state": state})
+
+    def _save(self, name: str, more: dict[str, Any]) -> None:
+        if self.world.rank == 0:
+            content = {"format": FORMAT, "about": self._about(), "model": self.model.state_dict()}
+            save_checkpoint(self.folder / name, content | more)
+
+    def _about(self) -> dict[str, Any]:
+        settings = self.settings.as_json()
+        return {name: settings[name] for name in ("dataset", "model", "seed", "loss", "recipe", "data_dir")} | {
+            "shape": list(self.info.shape),
+            "classes": self.info.classes,
+            "mean": list(self.info.mean),
+            "std": list(self.info.std),
+            "epoch": len(self.rows),
+            "drsl_kernels": __version__,
+            "torch": str(torch.__version__),
+        }
+
+
+def _load(settings: TrainingSettings, info: DatasetInfo) -> Split:
+    """Images to train on and to validate with; noise is on the labels of the former alone."""
+    split = load(settings.dataset, data_dir=settings.data_dir, held_out="validation")
+    if settings.samples is not None:
+        split = split.first(settings.samples)
+    train_y, rate = split.train_y, settings.recipe.label_noise
+    if rate:
+        train_y = noisy_labels(train_y, rate, classes=info.classes, seed=seed_for(settings.seed, "label noise"))
+    return Split(split.train_x, train_y, split.held_out_x, split.held_out_y).to(settings.device)
+
+
+def _row(log: EpochLog, validation: Validation, learning_rate: float) -> EpochRow:
+    return EpochRow(
+        epoch=log.epoch,
+        learning_rate=learning_rate,
+        train_loss=log.loss,
+        train_cross_entropy=log.cross_entropy,
+        train_distance=log.distance,
+        train_accuracy=log.accuracy,
+        validation_cross_entropy=validation.cross_entropy,
+        validation_accuracy=validation.accuracy,
+        validation_robust_accuracy=validation.robust_accuracy,
+        seconds=log.seconds,
+    )
+
+
+def _score(row: EpochRow) -> float:
+    robust = row.validation_robust_accuracy
+    return row.validation_accuracy if robust is None else robust

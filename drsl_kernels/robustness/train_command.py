@@ -1,0 +1,288 @@
+"""The command `drsl train`: options become settings, progress becomes bars. The work is done in `engine`.
+
+`commands` registers it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .data import DATASETS
+from .distributed import joined_world
+from .engine import BEST, Outcome, read_settings, run
+from .losses import ALL_LOSSES, BASELINE, TRUTHS, TrainingLoss
+from .models import MODELS
+from .options import Folder, Radii
+from .recipe import AMP, AUGMENTATIONS, CRAFT_MODES, INNER_LOSSES, METHODS, NORMS, OPTIMIZERS, SCHEDULES, Recipe
+from .settings import TrainingSettings, default_attack, default_settings, default_tau
+from .training_logs import EpochRow
+
+__all__ = ["train_command"]
+
+_NONE: Final = "none"
+_MOST_THREADS: Final = 1024
+
+# Options by the part of the settings that they change, and the name of the field where it is another.
+_OF_RECIPE: Final = {
+    **{name: name for name in ("epochs", "batch_size", "optimizer", "weight_decay", "momentum", "schedule")},
+    **{name: name for name in ("milestones", "clip_norm", "label_smoothing", "label_noise", "augmentation", "amp")},
+    "lr": "learning_rate",
+    "warmup": "warmup_epochs",
+}
+_OF_ATTACK: Final = {
+    **{name: name for name in ("eps", "alpha", "steps", "norm", "random_start", "beta")},
+    "inner_loss": "loss",
+    "craft_mode": "mode",
+}
+_OF_RUN: Final = ("model", "seed", "device", "threads", "samples", "data_dir")
+
+
+class _Distance(Radii):
+    """One number or fraction from 0 to 1."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, float):
+            return value
+        distances = super().convert(value, param, ctx)
+        if len(distances) != 1:
+            self.fail(f"{value!r} must be one number", param, ctx)
+        return distances[0]
+
+
+class _Milestones(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """Epochs with commas between, as a tuple."""
+
+    name = "epochs"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(epoch) for epoch in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} must be epochs such as 75,90", param, ctx)
+
+
+@click.command("train")
+@click.option("--dataset", type=click.Choice(DATASETS), help="Images to train on.  [default: digits]")
+@click.option("--data-dir", type=click.Path(path_type=Path), help="Folder with the files of the data set.")
+@click.option("--model", type=click.Choice(MODELS), help="Network; see the defaults above.")
+@click.option(
+    "--loss",
+    "loss_name",
+    type=click.Choice(ALL_LOSSES),
+    help=f"{BASELINE} is cross-entropy alone, {' and '.join(TRUTHS)} are made for noisy labels; any other is "
+    f"cross-entropy plus tau times the distance of that name.  [default: {BASELINE}]",
+)
+@click.option("--tau", type=float, help="Weight of the distance. By default the one that suits it on the digits.")
+@click.option("--epochs", type=click.IntRange(min=1), help="Passes over the training images.")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), help="Images per step, of all processes together.  [default: 128]"
+)
+@click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="sgd has Nesterov momentum.")
+@click.option("--lr", type=float, help="Learning rate: the highest of the schedule.")
+@click.option("--weight-decay", type=float, help="Of all parameters.")
+@click.option("--momentum", type=float, help="Of sgd.  [default: 0.9]")
+@click.option("--schedule", type=click.Choice(SCHEDULES), help="How the learning rate changes; multistep: times 0.1.")
+@click.option("--milestones", type=_Milestones(), help="Epochs after which multistep lowers the rate, as in 75,90.")
+@click.option("--warmup", type=float, help="So many epochs the rate rises linearly first.  [default: 0]")
+@click.option("--clip-norm", type=float, help="Shorten the gradient to this length.")
+@click.option("--label-smoothing", type=float, help="In [0, 1).  [default: 0]")
+@click.option("--label-noise", type=float, help="Share of the training labels made wrong first.  [default: 0]")
+@click.option("--augmentation", type=click.Choice(AUGMENTATIONS), help="Random crops (4 pixels) and mirror images.")
+@click.option("--amp", type=click.Choice(AMP), help="Mixed precision; float16 needs a GPU.  [default: none]")
+@click.option(
+    "--adversarial",
+    type=click.Choice((_NONE, *METHODS)),
+    help="Train on attacked images: madry (arXiv 1706.06083) or trades (arXiv 1901.08573).  [default: none]",
+)
+@click.option("--eps", type=_Distance(), help="Radius of the attack, pixels being from 0 to 1; 8/255 will do.")
+@click.option("--alpha", type=_Distance(), help="Step size of the attack.")
+@click.option("--steps", type=click.IntRange(min=1), help="Steps of the attack.")
+@click.option("--norm", type=click.Choice(NORMS), help="Of the attack.  [default: linf]")
+@click.option("--random-start/--no-random-start", default=None, help="Where attacks begin.  [default: random]")
+@click.option(
+    "--inner-loss",
+    type=click.Choice(INNER_LOSSES),
+    help="What madry's attack ascends; training is the training loss with its distance.  [default: ce]",
+)
+@click.option("--beta", type=float, help="Weight of the divergence in trades.  [default: 6]")
+@click.option(
+    "--craft-mode",
+    type=click.Choice(CRAFT_MODES),
+    help="The network's mode while attacks are made.  [default: as in the papers' code: madry train, trades eval]",
+)
+@click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), help="Of all randomness.  [default: 0]")
+@click.option("--samples", type=click.IntRange(min=1), help="Use only so many images. For a quick try.")
+@click.option("--device", help="cpu, or cuda for a GPU.  [default: cpu]")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1, max=_MOST_THREADS),
+    help="CPU threads; they change the last digits.  [default: 1 for digits, else what torch chooses]",
+)
+@click.option("--out", type=Folder(), required=True, help="Folder for the run.")
+@click.option(
+    "--resume", is_flag=True, help="Go on with the run in --out, with its options; begin it if none is there."
+)
+@click.option(
+    "--checkpoint-batches",
+    type=click.IntRange(min=1),
+    help="Write a checkpoint after so many batches, too, not only after each epoch.",
+)
+@click.option("--tensorboard/--no-tensorboard", default=True, help="Write curves for TensorBoard, if installed.")
+def train_command(out: Path, resume: bool, checkpoint_batches: int | None, tensorboard: bool, **options: Any) -> None:
+    """Train a model and keep the best epoch.
+
+    The best is chosen by accuracy on images held out of the training images (robust accuracy under a quick PGD, with
+    --adversarial); the test images are never loaded. The folder --out gets best.pt, last.pt, settings.json, metrics.csv
+    and curves for TensorBoard. A run that was interrupted, even by kill -9, goes on with --resume and ends with the
+    weights that it would have had. The same seed gives the same weights on the same machine.
+
+    \b
+    Defaults:
+      digits                   small_cnn  adam 0.002, constant, 40 epochs            eps 0.1, 10 steps
+      mnist                    small_cnn  adam 0.001, cosine, 20 epochs              eps 0.3, 40 steps
+      fashion_mnist            small_cnn  adam 0.001, cosine, 20 epochs              eps 0.1, 10 steps
+      cifar10, cifar100        resnet18   sgd 0.1, weight decay 5e-4, cosine,        eps 8/255, 10 steps
+                                          100 epochs, crop_flip
+
+    \b
+    Examples:
+      drsl train --loss non_target_logits --out runs/drsl
+      drsl train --dataset cifar10 --data-dir data --adversarial trades --amp bfloat16 --device cuda --out runs/trades
+      drsl train --resume --out runs/trades
+      torchrun --nproc-per-node 4 -m drsl_kernels.robustness train --dataset cifar10 --device cuda --out runs/four
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        settings = _settings(out, resume, given)
+        with joined_world(settings.device) as world:
+            _check_device(settings.device)
+            console = Console(quiet=world.rank > 0)
+            with _Bars(console) as bars:
+                outcome = run(
+                    settings,
+                    out,
+                    resume=resume,
+                    world=world,
+                    checkpoint_batches=checkpoint_batches or 0,
+                    tensorboard=tensorboard,
+                    progress=bars,
+                )
+            _report(outcome, out, console)
+    except (ValueError, FloatingPointError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _settings(out: Path, resume: bool, given: dict[str, Any]) -> TrainingSettings:
+    """What is given over what the run began with, or else over what suits the data set."""
+    begun = read_settings(out) if resume else None
+    if begun is None and resume and "dataset" not in given:
+        raise click.UsageError(f"{out} holds no training run to resume; to begin one there, give --dataset")
+    if begun is None:
+        begun = default_settings(given.get("dataset", "digits"))
+        if begun.dataset != "digits":
+            begun = dataclasses.replace(begun, threads=torch.get_num_threads())
+    return dataclasses.replace(
+        begun,
+        dataset=given.get("dataset", begun.dataset),
+        loss=_loss(begun.loss, given),
+        recipe=_recipe(begun, given),
+        **{name: given[name] for name in _OF_RUN if name in given},
+    )
+
+
+def _loss(begun: TrainingLoss, given: dict[str, Any]) -> TrainingLoss:
+    name = given.get("loss_name", begun.name)
+    return TrainingLoss(name, given.get("tau", begun.tau if name == begun.name else default_tau(name)))
+
+
+def _recipe(begun: TrainingSettings, given: dict[str, Any]) -> Recipe:
+    changes = {field: given[option] for option, field in _OF_RECIPE.items() if option in given}
+    if changes.get("schedule", "multistep") != "multistep":
+        changes.setdefault("milestones", ())
+    adversarial = begun.recipe.adversarial
+    method = given.get("adversarial", adversarial.method if adversarial else _NONE)
+    attack = {field: given[option] for option, field in _OF_ATTACK.items() if option in given}
+    if method == _NONE:
+        if attack:
+            option = next(option for option in _OF_ATTACK if option in given).replace("_", "-")
+            raise click.UsageError(f"--{option} needs --adversarial madry or trades")
+        adversarial = None
+    elif adversarial is None or adversarial.method != method:
+        adversarial = default_attack(given.get("dataset", begun.dataset), method)
+    if adversarial is not None:
+        adversarial = dataclasses.replace(adversarial, **attack)
+    return dataclasses.replace(begun.recipe, **changes, adversarial=adversarial)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise click.BadParameter(f"cannot use {device!r} here: {reason}", param_hint="--device") from error
+
+
+def _report(outcome: Outcome, out: Path, console: Console) -> None:
+    if outcome.was_finished:
+        console.print(f"{out} is finished: {len(outcome.rows)} epochs; nothing is left to do.", soft_wrap=True)
+    console.print(f"Best: {_in_words(outcome.best)}; written to {out / BEST}", highlight=False, soft_wrap=True)
+
+
+def _in_words(row: EpochRow) -> str:
+    accuracy = f"validation accuracy {100 * row.validation_accuracy:.1f} %"
+    text = f"epoch {row.epoch}, training loss {row.train_loss:.4f}, {accuracy}"
+    if row.validation_robust_accuracy is not None:
+        text += f", robust (quick PGD) {100 * row.validation_robust_accuracy:.1f} %"
+    return text
+
+
+class _Bars:
+    """One bar for the epochs and one for the batches of the epoch at work, and a line for each epoch."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._epochs = self._bars.add_task("epochs", total=None)
+        self._batches = self._bars.add_task("", total=None)
+
+    def __enter__(self) -> _Bars:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bars.stop()
+
+    def begin(self, settings: TrainingSettings, epoch: int, batches: int, batch: int) -> None:
+        self._bars.update(self._epochs, total=settings.recipe.epochs, completed=epoch - 1)
+        self._bars.reset(self._batches, total=batches, completed=batch, description=f"epoch {epoch}")
+
+    def batch(self) -> None:
+        self._bars.advance(self._batches)
+
+    def epoch(self, row: EpochRow, best: bool) -> None:
+        self._bars.update(self._epochs, completed=row.epoch)
+        mark = " (best so far)" if best else ""
+        self._console.print(f"{_in_words(row)}, {row.seconds:.1f} s{mark}", highlight=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True)
