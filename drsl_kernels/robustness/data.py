@@ -6,6 +6,7 @@ Relies on scikit-learn, which ships the images; `experiment` relies on it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -15,7 +16,9 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-__all__ = ["PARTS", "Part", "Split", "digits"]
+__all__ = ["DATASETS", "PARTS", "DatasetInfo", "Part", "Split", "dataset_info", "digits", "load", "noisy_labels"]
+
+DATASETS: tuple[str, ...] = ("digits",)
 
 Part: TypeAlias = Literal["test", "validation"]
 PARTS: tuple[str, ...] = get_args(Part)
@@ -77,3 +80,28 @@ def digits(held_out: Part = "test") -> Split:
 def _split(images: Array, labels: Array, size: int) -> list[Array]:
     parts: list[Array] = train_test_split(images, labels, test_size=size, stratify=labels, random_state=_SPLIT_SEED)
     return parts
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What a model must know of a data set."""
+
+    name: str
+    shape: tuple[int, int, int]
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def dataset_info(name: str) -> DatasetInfo:
+    return DatasetInfo(name, (1, 8, 8), 10, (0.0,), (1.0,))
+
+
+def load(name: str, *, data_dir: Path | None = None, held_out: Part = "test") -> Split:
+    return digits(held_out)
+
+
+def noisy_labels(y: Tensor, rate: float, *, classes: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    change = torch.rand(len(y), generator=generator) < rate
+    return torch.where(change, (y + torch.randint(1, classes, y.shape, generator=generator)) % classes, y)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SmallCNN", "small_cnn"]
+__all__ = ["MODELS", "SmallCNN", "make_model", "small_cnn"]
+
+MODELS: tuple[str, ...] = ("small_cnn",)
 
 
 class SmallCNN(nn.Module):
@@ -43,3 +47,15 @@ def small_cnn(seed: int, classes: int = 10) -> SmallCNN:
     # Channels last: max pooling on the CPU is several times as fast.
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
+
+
+def make_model(
+    name: str,
+    *,
+    shape: tuple[int, int, int],
+    classes: int,
+    seed: int,
+    mean: Sequence[float] = (0.0,),
+    std: Sequence[float] = (1.0,),
+) -> nn.Module:
+    return small_cnn(seed, classes)

@@ -1,0 +1,99 @@
+"""Checkpoints: files that hold a model and what it is, whole or absent, read without running any code in them.
+
+A checkpoint is a dict: "format" (1), "about" (dataset, model, shape, classes, mean, std, seed, loss, recipe, data_dir,
+epoch, versions), "model" (its state_dict) and, in one that training can go on from, "state". Relies on `storage` and
+`models`; `engine` and the attacks rely on it.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from .models import make_model
+from .storage import write_atomically
+
+__all__ = ["FORMAT", "LoadedModel", "load_checkpoint", "load_model", "save_checkpoint"]
+
+FORMAT: Final = 1
+_KEYS: Final = {"format", "about", "model"}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A trained model in evaluation mode, inputs in [0, 1], and what it is: see "about" in `checkpoint`."""
+
+    model: nn.Module
+    about: dict[str, Any]
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint; once this returns it is on the disk. Killed before that, the old file stays.
+
+    Args:
+        path: of the file; its folder exists.
+        content: see above; tensors, numbers, strings, None, and lists, tuples and dicts of them.
+    """
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    write_atomically(path, write)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, too
+    finally:
+        os.close(folder)
+
+
+def load_checkpoint(path: Path | str) -> dict[str, Any]:
+    """The content of a checkpoint, its tensors on the CPU. Nothing in the file is executed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no checkpoint of `drsl train`, or of a later format.
+    """
+    path = Path(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no checkpoint {path}") from None
+    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        # torch's own text begins with advice on how to trust the file nonetheless.
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition("\n")[0].partition(". ")[0]
+        raise ValueError(f"{path} is no checkpoint of drsl train: {reason}") from error
+    if not isinstance(content, dict) or not content.keys() >= _KEYS:
+        raise ValueError(f"{path} is no checkpoint of drsl train: it must be a dict with {', '.join(sorted(_KEYS))}")
+    if content["format"] != FORMAT:
+        raise ValueError(f"{path} has format {content['format']!r}, and this version of drsl_kernels reads {FORMAT}")
+    return content
+
+
+def load_model(path: Path | str, *, device: torch.device | str = "cpu") -> LoadedModel:
+    """The model of a checkpoint, in evaluation mode on `device`.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_checkpoint`.
+        RuntimeError: the weights are not those of the model that the checkpoint names.
+    """
+    content = load_checkpoint(path)
+    about = content["about"]
+    model = make_model(
+        about["model"],
+        shape=tuple(about["shape"]),
+        classes=about["classes"],
+        seed=about["seed"],
+        mean=about["mean"],
+        std=about["std"],
+    )
+    model.load_state_dict(content["model"])
+    return LoadedModel(model.to(device).eval(), about)
