@@ -19,7 +19,7 @@ from drsl_kernels.spec import Distance, Truth
 
 from .losses import BASELINE, TrainingLoss
 
-__all__ = ["ATTACK_LOSSES", "AttackLoss", "AttackLossName", "Objective", "objective_of", "per_sample"]
+__all__ = ["ATTACK_LOSSES", "AttackLoss", "AttackLossName", "Objective", "margins_of", "objective_of", "per_sample"]
 
 AttackLossName: TypeAlias = Literal["log_odds", "ce", "margin", "dlr"]
 AttackLoss: TypeAlias = AttackLossName | Callable[[Tensor, Tensor], Tensor]
@@ -54,15 +54,23 @@ def objective_of(loss: AttackLoss) -> Objective:
     raise ValueError(f"loss must be one of {', '.join(map(repr, ATTACK_LOSSES))} or a callable, got {loss!r}")
 
 
-def per_sample(loss: TrainingLoss) -> Callable[[Tensor, Tensor], Tensor]:
+def margins_of(logits: Tensor, y: Tensor) -> Tensor:
+    """Logit of the label minus the largest other logit, shape (N,); positive means classified correctly."""
+    return _logit_of(logits, y) - _largest_other(logits, y)
+
+
+def per_sample(loss: TrainingLoss, *, label_smoothing: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
     """A training loss as something to attack with: (logits (N, C), y (N,)) -> losses (N,), not averaged."""
 
-    def losses(logits: Tensor, y: Tensor) -> Tensor:
+    def training(logits: Tensor, y: Tensor) -> Tensor:
         if loss.name == BASELINE:
-            return F.cross_entropy(logits, y, reduction="none")
-        return fused_drsl_loss(logits, y, loss.tau, distance=cast(Distance, loss.name), reduction="none")
+            return F.cross_entropy(logits, y, reduction="none", label_smoothing=label_smoothing)
+        distance = cast(Distance, loss.name)
+        return fused_drsl_loss(
+            logits, y, loss.tau, distance=distance, reduction="none", label_smoothing=label_smoothing
+        )
 
-    return losses
+    return training
 
 
 def _towards_or_away(row_loss: _RowLoss) -> Objective:
@@ -83,7 +91,7 @@ def _fused(logits: Tensor, y: Tensor, *, truth: Truth) -> tuple[Tensor, Tensor]:
 
 
 def _margin(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    losses = _largest_other(logits, y) - _logit_of(logits, y)
+    losses = -margins_of(logits, y)
     return losses, losses.detach() < 0
 
 
@@ -95,8 +103,8 @@ def _difference_of_logits_ratio(logits: Tensor, y: Tensor, targeted: Tensor | No
         raise ValueError(f"loss 'dlr'{with_targets} needs {least} classes or more, got {logits.shape[1]}")
     top = logits.topk(least, dim=1).values
     if targeted is None:
-        difference = _largest_other(logits, y) - _logit_of(logits, y)
-        return difference / (top[:, 0] - top[:, 2] + _DLR_FLOOR), difference.detach() < 0
+        losses, standing = _margin(logits, y)
+        return losses / (top[:, 0] - top[:, 2] + _DLR_FLOOR), standing
     difference = _logit_of(logits, targeted) - _logit_of(logits, y)
     standing = ~_margin(logits.detach(), targeted)[1]
     return difference / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + _DLR_FLOOR), standing

@@ -283,7 +283,7 @@ def check_numbers(
     bounds: tuple[float, float],
     keep: str,
 ) -> tuple[float, float, int, int, tuple[float, float]]:
-    """eps, alpha, steps, restarts and bounds as plain numbers, if `pgd` takes the arguments; it describes the errors."""
+    """eps, alpha, steps, restarts and bounds as plain numbers, if `pgd` takes all of it; it describes the errors."""
     eps, alpha = number("eps", eps), number("alpha", alpha)
     steps, restarts = _integer("steps", steps), _integer("restarts", restarts)
     bounds = _pair("bounds", bounds)
