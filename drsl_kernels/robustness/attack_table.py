@@ -163,8 +163,6 @@ def run_attack(
     """
     if not 0 <= eps < torch.inf:
         raise ValueError(f"eps must be 0 or more and finite, got {eps!r}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more, got {batch_size!r}")
     begin = perf_counter()
     search = Search(model, x, y, bounds, batch_size, generator)
     fell = search.robust().long().cpu().neg()  # -1 for those that stand, 0 for the others

@@ -140,8 +140,6 @@ def worst_case(
         raise ValueError(f"epsilons and attacks must not be empty, got {epsilons!r} and {attacks!r}")
     if not all(0 <= eps < math.inf for eps in epsilons):
         raise ValueError(f"epsilons must be 0 or more and finite, got {tuple(epsilons)!r}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more, got {batch_size!r}")
     norms = {attack.norm for attack in attacks}
     if len(norms) > 1:
         raise ValueError(f"attacks must be in one norm, got {', '.join(sorted(norms))}")
@@ -183,6 +181,8 @@ class Search:
         batch_size: int,
         generator: torch.Generator | None,
     ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, got {batch_size!r}")
         self.model, self.x, self.y = model, x, y
         self.bounds, self.batch_size, self.generator = bounds, batch_size, generator
         self.points = x.detach().clone()
