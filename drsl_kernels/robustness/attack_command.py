@@ -13,7 +13,7 @@ from rich.console import Console
 from .attack_losses import ATTACK_LOSSES
 from .attack_names import KINDS, TRAINING, AttackParameters, canonical_names, least_classes
 from .attack_parts import parts_of
-from .attack_report import RESULTS, check_lines, explanation, results_table, write_results
+from .attack_report import RESULTS, check_lines, explanation, heading, results_table, write_results
 from .attack_run import AttackSettings, Subject, attack_checkpoint, load_subject
 from .attacks import NORMS, Norm
 from .autoattack import AUTOATTACK, require_package
@@ -190,9 +190,11 @@ def attack_command(checkpoints: tuple[Path, ...], sources: tuple[Path, ...], **o
     if reused:
         console.print(f"Found finished in {out} and used again: {reused} attacks and checks.")
     for result in results:
+        console.print(f"\n{heading(result)}", highlight=False, soft_wrap=True)
         console.print(results_table(result))
         for line in check_lines(result.checks):
             console.print(line, highlight=False)
+    console.print()
     for what, meaning in explanation(settings, results).items():
         console.print(f"{what}: {meaning}", highlight=False)
     console.print(f"Written to {out}: {', '.join(RESULTS)}", soft_wrap=True)

@@ -19,7 +19,7 @@ from .experiment import environment
 from .masking import Check
 from .storage import write_atomically, write_json
 
-__all__ = ["RESULTS", "check_lines", "explanation", "results_table", "write_results"]
+__all__ = ["RESULTS", "check_lines", "explanation", "heading", "results_table", "write_results"]
 
 RESULTS: Final = ("results.json", "results.csv")
 
@@ -54,14 +54,18 @@ def explanation(settings: AttackSettings, results: Sequence[Attacked]) -> dict[s
     }
 
 
-def results_table(result: Attacked) -> Table:
-    """Attacks by radius, for one checkpoint; `explanation` says what they mean."""
-    table, about = result.table, result.subject.loaded.about
+def heading(result: Attacked) -> str:
+    """Which checkpoint, and what it is."""
+    about = result.subject.loaded.about
     loss = about["loss"]
     with_tau = f" tau={loss['tau']:g}" if loss["tau"] else ""
-    drawn = Table(
-        title=f"{result.subject.path}\n{about['model']} on {about['dataset']}, {loss['name']}{with_tau}, in %"
-    )
+    return f"{result.subject.path}: {about['model']} on {about['dataset']}, {loss['name']}{with_tau}; accuracy in %"
+
+
+def results_table(result: Attacked) -> Table:
+    """Attacks by radius, for one checkpoint; `explanation` says what they mean."""
+    table = result.table
+    drawn = Table()
     drawn.add_column("attack", no_wrap=True)
     for eps in table.epsilons:
         drawn.add_column(f"eps {eps:.4g}", justify="right")
