@@ -35,7 +35,7 @@ class TestBadInput:
             ({"restarts": 2, "random_start": False}, "restarts must be 1 without a random start"),
             ({"bounds": (1, 0)}, r"bounds must be \(smallest, largest\).*got \(1.0, 0.0\)"),
             ({"bounds": (0, 0.5)}, r"x must lie within bounds=\(0.0, 0.5\), got values from 0"),
-            ({"loss": "hinge"}, "loss must be one of 'log_odds', 'ce', 'margin' or a callable, got 'hinge'"),
+            ({"loss": "hinge"}, "loss must be one of 'log_odds', 'ce', 'margin', 'dlr' or a callable, got 'hinge'"),
             ({"loss": lambda logits, y: logits.sum()}, r"per sample, shape \(N,\) = \(9,\), got \(\)"),
         ],
     )

@@ -4,7 +4,11 @@ What is imported here needs torch alone. Data, comparison and command line need 
 extra "lab".
 """
 
-from .attacks import ATTACK_LOSSES, pgd
+from .attack_kinds import SingleStep, TargetedAttack, Transfer
+from .attack_objects import FGSM, PGD
+from .attack_table import AttackOutcome, AttackTable, attack_table
+from .attacks import ATTACK_LOSSES, fgsm, pgd
+from .autoattack import AutoAttackMember
 from .evaluate import Attack, WorstCase, second_largest_softmax, worst_case
 from .losses import TrainingLoss
 from .recipe import Adversarial, Recipe
@@ -12,12 +16,22 @@ from .train import EpochLog, train
 
 __all__ = [
     "ATTACK_LOSSES",
+    "FGSM",
+    "PGD",
     "Adversarial",
     "Attack",
+    "AttackOutcome",
+    "AttackTable",
+    "AutoAttackMember",
     "EpochLog",
     "Recipe",
+    "SingleStep",
+    "TargetedAttack",
     "TrainingLoss",
+    "Transfer",
     "WorstCase",
+    "attack_table",
+    "fgsm",
     "pgd",
     "second_largest_softmax",
     "train",

@@ -1,8 +1,7 @@
-"""Projected gradient descent (PGD): small perturbations that make a classifier fail.
+"""Projected gradient descent (PGD) and its single step (FGSM): small perturbations that make a classifier fail.
 
-One loop serves every loss and norm: start at random, look at the model, ascend, project. Relies on
-`drsl_kernels.softmax_loss`, whose gradient stays exact where the model is very sure of itself; `evaluate` and
-`experiment` rely on it.
+One loop serves every loss and norm: start at random, look at the model, ascend, project. Relies on `attack_losses` and
+`balls`; `attack_objects`, `evaluate` and `experiment` rely on it.
 """
 
 from __future__ import annotations
@@ -18,21 +17,29 @@ from typing import Final, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from drsl_kernels import softmax_loss
 from drsl_kernels.spec import number
 
-__all__ = ["ATTACK_LOSSES", "AttackLoss", "AttackLossName", "Model", "Norm", "evaluation_mode", "pgd"]
+from .attack_losses import ATTACK_LOSSES, AttackLoss, AttackLossName, Objective, objective_of
+from .balls import NORMS, Norm, ascent_direction, per_sample_view, project, random_point
+
+__all__ = [
+    "ATTACK_LOSSES",
+    "NORMS",
+    "AttackLoss",
+    "AttackLossName",
+    "Keep",
+    "Model",
+    "Norm",
+    "check_numbers",
+    "evaluation_mode",
+    "fgsm",
+    "pgd",
+]
 
 Model: TypeAlias = Callable[[Tensor], Tensor]
-Norm: TypeAlias = Literal["linf", "l2"]
-AttackLossName: TypeAlias = Literal["log_odds", "ce", "margin"]
-AttackLoss: TypeAlias = AttackLossName | Callable[[Tensor, Tensor], Tensor]
+Keep: TypeAlias = Literal["best", "last"]
 
-# What the loop needs of a loss: (logits, y) -> (loss of each sample, is each sample classified correctly).
-_Objective: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-NORMS: Final[tuple[str, ...]] = get_args(Norm)
-ATTACK_LOSSES: Final[tuple[str, ...]] = get_args(AttackLossName)
+KEEPS: Final[tuple[str, ...]] = get_args(Keep)
 
 
 def pgd(
@@ -49,6 +56,8 @@ def pgd(
     random_start: bool = True,
     bounds: tuple[float, float] = (0.0, 1.0),
     generator: torch.Generator | None = None,
+    targeted: Tensor | None = None,
+    keep: Keep = "best",
 ) -> Tensor:
     r"""Perturb each sample within a ball of radius eps to make the model's loss on it as large as possible.
 
@@ -62,12 +71,17 @@ def pgd(
     ``log_odds`` log((1 - p_y) / p_y)                         same direction as ``ce``; never saturates
     ``ce``       -log p_y                                     exact down to losses of 1e-38
     ``margin``   max over k != y of z_k, minus z_y            looks at the strongest wrong class alone
+    ``dlr``      margin / (largest minus third largest z)     unchanged by scale; C >= 3
     callable     (logits (N, C), y (N,)) -> losses (N,)       anything else to be made large
     ============ ============================================ ================================================
 
     Of every point visited, in all restarts, each sample keeps the best: a misclassified one wins over a
     correctly classified one, and among equals the higher loss wins. A tie for the largest logit counts as
     misclassified.
+
+    With classes in `targeted` the attack wants these and no others: the loss of the target t is descended, and a
+    point is a success where t has the largest logit, alone. ``dlr`` then ascends
+    (z_t - z_y) / (largest minus the mean of third and fourth largest z), for which C >= 4.
 
     The model is run in evaluation mode. Afterwards its modules are in the mode they were in, and the
     parameters' ``grad`` and ``requires_grad`` are untouched.
@@ -85,6 +99,9 @@ def pgd(
         random_start: start at a point drawn uniformly from the ball, then clamped to `bounds`, not at x.
         bounds: smallest and largest value that x may take; infinite ones are allowed.
         generator: source of the random starts, on the device of x. The same state gives the same result.
+        targeted: target classes, shape (N,), int64, each other than y; None for any wrong class.
+        keep: "best" of all points visited, as above, or only of the "last" point of each restart. Other libraries
+            return the last point; started at the same point, the two agree.
 
     Returns:
         The perturbed samples: shape, dtype and device of x, detached.
@@ -93,38 +110,73 @@ def pgd(
         ValueError: a number outside its range, x outside `bounds`, an unknown loss or norm, shapes that do
             not fit, or restarts > 1 without a random start (they would all be the same).
         TypeError: an argument of a wrong type or dtype, or a model or loss that returns no tensor.
-        IndexError: a label in y that is not below C.
+        IndexError: a class in y or `targeted` that is not below C.
         RuntimeError: the gradient of the loss does not reach x.
         FloatingPointError: the model's logits, or the gradient of the loss, are not finite.
 
-    Source: Madry et al., arXiv 1706.06083.
+    Sources: Madry et al., arXiv 1706.06083; dlr: Croce & Hein, arXiv 2003.01690, equations (6) and (7).
     """
-    objective = _objective(loss)
-    eps, alpha = number("eps", eps), number("alpha", alpha)
-    steps, restarts = _integer("steps", steps), _integer("restarts", restarts)
-    bounds = _pair("bounds", bounds)
-    _check_numbers(eps, alpha, steps, norm, restarts, random_start, bounds)
+    objective = objective_of(loss)
+    eps, alpha, steps, restarts, bounds = check_numbers(eps, alpha, steps, norm, restarts, random_start, bounds, keep)
     _check_samples(x, y, bounds)
-    logits_of = partial(_logits, model, largest_label=int(y.max()) if y.numel() else 0)
+    if targeted is not None:
+        _check_targets(targeted, y)
+    logits_of = partial(_logits, model, largest={"y": _largest(y), "targeted": _largest(targeted)})
     # Leaving inference mode and copying makes tensors that autograd can record, wherever the caller is.
     with evaluation_mode(model), torch.inference_mode(False), torch.enable_grad():
         x, y = x.detach().clone(), y.clone()
+        targeted = None if targeted is None else targeted.clone()
         best = _Best.at(x)
         for _ in range(restarts):
-            start = _random_point(x, eps, norm, generator) if random_start else x
-            point = _project(start, x, eps, norm, bounds)
+            start = random_point(x, eps, norm, generator) if random_start else x
+            point = project(start, x, eps, norm, bounds)
             for _ in range(steps):
-                losses, correct, gradient = _look_with_gradient(logits_of, objective, point, y)
-                best = best.or_better(point, losses, correct)
-                point = _project(point + alpha * _ascent_direction(gradient, norm), x, eps, norm, bounds)
+                losses, standing, gradient = _look_with_gradient(logits_of, objective, point, y, targeted)
+                if keep == "best":
+                    best = best.or_better(point, losses, standing)
+                point = project(point + alpha * ascent_direction(gradient, norm), x, eps, norm, bounds)
             with torch.no_grad():
-                losses, correct = objective(logits_of(point), y)
-            best = best.or_better(point, losses, correct)
+                losses, standing = objective(logits_of(point), y, targeted)
+            best = best.or_better(point, losses, standing)
     if not torch.isfinite(best.points).all() or best.losses.isnan().any():
         raise FloatingPointError(
             "the attack met logits or gradients that are not finite; look at the model's weights and the loss"
         )
     return best.points
+
+
+def fgsm(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    loss: AttackLoss = "log_odds",
+    bounds: tuple[float, float] = (0.0, 1.0),
+    targeted: Tensor | None = None,
+) -> Tensor:
+    """The fast gradient sign method: one step of length eps along the sign of the gradient, from x itself.
+
+    The point is returned whether or not it is worse for the model than x. Arguments, result and errors are those of
+    `pgd`, whose single step it is, in the L-infinity norm.
+
+    Source: Goodfellow et al., arXiv 1412.6572.
+    """
+    # At eps = 0 any step leads back to x.
+    alpha = eps if number("eps", eps) else 1.0
+    return pgd(
+        model,
+        x,
+        y,
+        eps=eps,
+        alpha=alpha,
+        steps=1,
+        loss=loss,
+        random_start=False,
+        bounds=bounds,
+        targeted=targeted,
+        keep="last",
+    )
 
 
 @contextmanager
@@ -148,7 +200,7 @@ class _Best:
 
     points: Tensor
     losses: Tensor
-    correct: Tensor
+    standing: Tensor
 
     @staticmethod
     def at(x: Tensor) -> _Best:
@@ -157,22 +209,22 @@ class _Best:
         losses = torch.full((rows,), -math.inf, dtype=torch.float64, device=x.device)
         return _Best(x, losses, torch.ones(rows, dtype=torch.bool, device=x.device))
 
-    def or_better(self, points: Tensor, losses: Tensor, correct: Tensor) -> _Best:
+    def or_better(self, points: Tensor, losses: Tensor, standing: Tensor) -> _Best:
         losses = losses.detach().to(self.losses.dtype)
-        newly_wrong = self.correct & ~correct
-        better = newly_wrong | ((self.correct == correct) & (losses > self.losses))
+        newly_fallen = self.standing & ~standing
+        better = newly_fallen | ((self.standing == standing) & (losses > self.losses))
         return _Best(
-            torch.where(_per_sample(better, points), points.detach(), self.points),
+            torch.where(per_sample_view(better, points), points.detach(), self.points),
             torch.where(better, losses, self.losses),
-            self.correct & correct,
+            self.standing & standing,
         )
 
 
 def _look_with_gradient(
-    logits_of: Model, objective: _Objective, point: Tensor, y: Tensor
+    logits_of: Model, objective: Objective, point: Tensor, y: Tensor, targeted: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     point = point.detach().requires_grad_()
-    losses, correct = objective(logits_of(point), y)
+    losses, standing = objective(logits_of(point), y, targeted)
     gradient = None
     if losses.requires_grad:
         # With respect to the input alone: the parameters accumulate nothing.
@@ -182,107 +234,23 @@ def _look_with_gradient(
             "the gradient of the loss does not reach x: model and loss must be differentiable, "
             "without detach() or no_grad() between x and the losses"
         )
-    return losses, correct, gradient
+    return losses, standing, gradient
 
 
-def _logits(model: Model, points: Tensor, *, largest_label: int) -> Tensor:
+def _logits(model: Model, points: Tensor, *, largest: dict[str, int]) -> Tensor:
     logits = _tensor("model must return", model(points))
     if logits.dim() != 2 or logits.shape[0] != points.shape[0] or logits.shape[1] < 2:
         raise ValueError(
             f"model must return logits of shape (N, C) = ({points.shape[0]}, 2 or more), got {tuple(logits.shape)}"
         )
-    if largest_label >= logits.shape[1]:
-        raise IndexError(f"y holds label {largest_label}, outside [0, C) = [0, {logits.shape[1]})")
+    for argument, label in largest.items():
+        if label >= logits.shape[1]:
+            raise IndexError(f"{argument} holds label {label}, outside [0, C) = [0, {logits.shape[1]})")
     return logits
 
 
-def _objective(loss: AttackLoss) -> _Objective:
-    if loss == "log_odds":
-        return _log_odds
-    if loss == "ce":
-        return _cross_entropy
-    if loss == "margin":
-        return _margin
-    if callable(loss):
-        return _from_callable(loss)
-    raise ValueError(f"loss must be one of {', '.join(map(repr, ATTACK_LOSSES))} or a callable, got {loss!r}")
-
-
-def _log_odds(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    losses, stats = softmax_loss(logits, y, truth="log_odds", reduction="none", return_stats=True)
-    return losses, stats.correct
-
-
-def _cross_entropy(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    losses, stats = softmax_loss(logits, y, truth="ce", reduction="none", return_stats=True)
-    return losses, stats.correct
-
-
-def _margin(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    label = y.unsqueeze(1)
-    wrong = logits.scatter(1, label, -math.inf).amax(1)
-    losses = wrong - logits.gather(1, label).squeeze(1)
-    return losses, losses.detach() < 0
-
-
-def _from_callable(loss: Callable[[Tensor, Tensor], Tensor]) -> _Objective:
-    def objective(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        losses = _tensor("loss must return", loss(logits, y))
-        if losses.shape != y.shape:
-            raise ValueError(
-                f"loss must return one value per sample, shape (N,) = {tuple(y.shape)}, got {tuple(losses.shape)}"
-            )
-        return losses, _margin(logits.detach(), y)[1]
-
-    return objective
-
-
-def _random_point(x: Tensor, eps: float, norm: str, generator: torch.Generator | None) -> Tensor:
-    """A point drawn uniformly from the ball around x."""
-    if norm == "linf":
-        return x + eps * (2 * _uniform(x.shape, x, generator) - 1)
-    direction = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-    # The volume within radius r grows as r^d: the d-th root of a uniform number spreads points evenly.
-    radius = _uniform(x.shape[:1], x, generator) ** (1 / max(1, x[:1].numel()))
-    return x + eps * _per_sample(radius, x) * _unit_length(direction)
-
-
-def _uniform(shape: torch.Size, like: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.rand(shape, generator=generator, dtype=like.dtype, device=like.device)
-
-
-def _ascent_direction(gradient: Tensor, norm: str) -> Tensor:
-    return gradient.sign() if norm == "linf" else _unit_length(gradient)
-
-
-def _unit_length(vectors: Tensor) -> Tensor:
-    """Each sample's vector scaled to Euclidean length 1; zero vectors stay zero."""
-    smallest = torch.finfo(vectors.dtype).tiny
-    flat = vectors.flatten(1)
-    # By the largest entry first, so that squares of gradients around 1e-30 do not vanish.
-    flat = flat / flat.abs().amax(1, keepdim=True).clamp(min=smallest)
-    length = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
-    return torch.div(flat, length.clamp(min=smallest)).view_as(vectors)
-
-
-def _project(points: Tensor, x: Tensor, eps: float, norm: str, bounds: tuple[float, float]) -> Tensor:
-    """The nearest point of the ball around x, then the nearest within the bounds.
-
-    The second step cannot leave the ball, for x itself lies within the bounds.
-    """
-    change = points.detach() - x
-    if norm == "linf":
-        change = change.clamp(-eps, eps)
-    else:
-        length = torch.linalg.vector_norm(change.flatten(1), dim=1)
-        shrink = (eps / length.clamp(min=torch.finfo(x.dtype).tiny)).clamp(max=1)
-        change = change * _per_sample(shrink, x)
-    return (x + change).clamp(*bounds)
-
-
-def _per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """Values of shape (N,) made to broadcast against samples of shape (N, ...)."""
-    return values.view(-1, *[1] * (like.dim() - 1))
+def _largest(labels: Tensor | None) -> int:
+    return 0 if labels is None or not labels.numel() else int(labels.max())
 
 
 def _integer(argument: str, value: object) -> int:
@@ -305,7 +273,7 @@ def _tensor(what: str, value: object) -> Tensor:
     return value
 
 
-def _check_numbers(
+def check_numbers(
     eps: float,
     alpha: float,
     steps: int,
@@ -313,7 +281,12 @@ def _check_numbers(
     restarts: int,
     random_start: bool,
     bounds: tuple[float, float],
-) -> None:
+    keep: str,
+) -> tuple[float, float, int, int, tuple[float, float]]:
+    """eps, alpha, steps, restarts and bounds as plain numbers, if `pgd` takes all of it; it describes the errors."""
+    eps, alpha = number("eps", eps), number("alpha", alpha)
+    steps, restarts = _integer("steps", steps), _integer("restarts", restarts)
+    bounds = _pair("bounds", bounds)
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps must be 0 or more and finite, got {eps!r}")
     if not 0 < alpha < math.inf:
@@ -328,6 +301,9 @@ def _check_numbers(
         raise ValueError(f"restarts must be 1 without a random start (all would be equal), got {restarts!r}")
     if not bounds[0] < bounds[1]:
         raise ValueError(f"bounds must be (smallest, largest) with smallest < largest, got {bounds!r}")
+    if keep not in KEEPS:
+        raise ValueError(f"keep must be one of {', '.join(map(repr, KEEPS))}, got {keep!r}")
+    return eps, alpha, steps, restarts, bounds
 
 
 def _check_samples(x: Tensor, y: Tensor, bounds: tuple[float, float]) -> None:
@@ -336,11 +312,23 @@ def _check_samples(x: Tensor, y: Tensor, bounds: tuple[float, float]) -> None:
         raise TypeError(f"x must be of a floating dtype, got {x.dtype}")
     if x.dim() < 2:
         raise ValueError(f"x must have shape (N, ...) with at least two dimensions, got {tuple(x.shape)}")
-    if y.dtype != torch.int64:
-        raise TypeError(f"y must hold class indices of dtype int64, got {y.dtype}")
-    if y.shape != x.shape[:1]:
-        raise ValueError(f"y must have shape (N,) = ({x.shape[0]},), got {tuple(y.shape)}")
-    if y.numel() and int(y.min()) < 0:
-        raise ValueError(f"y must hold classes 0 or more, got {int(y.min())}")
+    _check_classes("y", y, x.shape[:1])
     if x.numel() and not bool(((x >= bounds[0]) & (x <= bounds[1])).all()):
         raise ValueError(f"x must lie within bounds={bounds!r}, got values from {x.min().item()} to {x.max().item()}")
+
+
+def _check_classes(argument: str, labels: Tensor, shape: torch.Size) -> None:
+    if labels.dtype != torch.int64:
+        raise TypeError(f"{argument} must hold class indices of dtype int64, got {labels.dtype}")
+    if labels.shape != shape:
+        raise ValueError(f"{argument} must have shape (N,) = ({shape[0]},), got {tuple(labels.shape)}")
+    if labels.numel() and int(labels.min()) < 0:
+        raise ValueError(f"{argument} must hold classes 0 or more, got {int(labels.min())}")
+
+
+def _check_targets(targeted: Tensor, y: Tensor) -> None:
+    _check_classes("targeted", _tensor("targeted must be", targeted), y.shape)
+    same = (targeted == y).nonzero().flatten()
+    if len(same):
+        row = int(same[0])
+        raise ValueError(f"targeted must name other classes than y, got {int(y[row])} for both in row {row}")

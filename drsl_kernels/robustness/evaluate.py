@@ -1,6 +1,6 @@
 """Robust accuracy: which samples survive every attack of a list, at several sizes of perturbation.
 
-Relies on `attacks`; `experiment` relies on it.
+Relies on `attacks` and `attack_kinds`; `experiment` and `attack_table` rely on it.
 """
 
 from __future__ import annotations
@@ -8,13 +8,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Final
 
 import torch
 from torch import Tensor
 
+from .attack_kinds import AnyAttack, loss_name
+from .attack_losses import margins_of
+from .attack_objects import REACH
 from .attacks import AttackLoss, Model, Norm, evaluation_mode, pgd
+from .balls import lengths
 
-__all__ = ["Attack", "WorstCase", "second_largest_softmax", "worst_case"]
+__all__ = ["Attack", "Search", "WorstCase", "second_largest_softmax", "worst_case"]
+
+# Rounding may carry a point so far out of its ball, in units of eps: a few bits of float32.
+_SLACK: Final = 1e-4
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,9 @@ class Attack:
     steps: int = 20
     restarts: int = 5
     norm: Norm = "linf"
-    reach: float = 2.5
+    reach: float = REACH
+
+    black_box: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -39,8 +49,36 @@ class Attack:
         if self.restarts < 1:
             raise ValueError(f"restarts must be 1 or more, got {self.restarts!r}")
 
+    @property
+    def name(self) -> str:
+        return f"pgd:{loss_name(self.loss)}"
+
     def step_size(self, eps: float) -> float:
         return self.reach * eps / self.steps
+
+    def start(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        *,
+        eps: float,
+        bounds: tuple[float, float],
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """`pgd` from one random start within eps of x."""
+        return pgd(
+            model,
+            x,
+            y,
+            eps=eps,
+            alpha=self.step_size(eps),
+            steps=self.steps,
+            loss=self.loss,
+            norm=self.norm,
+            bounds=bounds,
+            generator=generator,
+        )
 
 
 @dataclass(frozen=True)
@@ -74,11 +112,11 @@ def worst_case(
     y: Tensor,
     *,
     epsilons: Sequence[float],
-    attacks: Sequence[Attack],
+    attacks: Sequence[AnyAttack],
     bounds: tuple[float, float] = (0.0, 1.0),
     batch_size: int = 256,
     generator: torch.Generator | None = None,
-    on_restart: Callable[[float, Attack], None] | None = None,
+    on_restart: Callable[[float, AnyAttack], None] | None = None,
 ) -> WorstCase:
     """Attack every sample with every attack and count a sample as robust only if all of them fail.
 
@@ -89,21 +127,24 @@ def worst_case(
     Args:
         model, x, y, bounds, generator: as in `pgd`.
         epsilons: the radii, each 0 or more; order does not matter. At 0 the answer is the clean one.
-        attacks: tried in this order; at least one.
+        attacks: tried in this order; at least one, all in the same norm.
         batch_size: how many samples the model sees at a time.
         on_restart: called with (eps, attack) after each restart, len(epsilons) * (sum of restarts) times.
 
     Raises:
-        ValueError: no radius or no attack, a negative radius, batch_size below 1, and all that `pgd` raises.
+        ValueError: no radius or no attack, a negative radius, attacks in several norms, batch_size below 1, an attack
+            that left its ball, and all that `pgd` raises.
+        FloatingPointError: the model's logits are NaN.
     """
     if not epsilons or not attacks:
         raise ValueError(f"epsilons and attacks must not be empty, got {epsilons!r} and {attacks!r}")
     if not all(0 <= eps < math.inf for eps in epsilons):
         raise ValueError(f"epsilons must be 0 or more and finite, got {tuple(epsilons)!r}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more, got {batch_size!r}")
+    norms = {attack.norm for attack in attacks}
+    if len(norms) > 1:
+        raise ValueError(f"attacks must be in one norm, got {', '.join(sorted(norms))}")
     epsilons = tuple(sorted(set(epsilons)))
-    search = _Search(model, x, y, bounds, batch_size, generator)
+    search = Search(model, x, y, bounds, batch_size, generator)
     clean_correct = search.robust()
     robust, points = [], []
     for eps in epsilons:
@@ -128,7 +169,7 @@ def second_largest_softmax(model: Model, x: Tensor, *, batch_size: int = 256) ->
     )
 
 
-class _Search:
+class Search:
     """The point of lowest margin found so far for each sample; at first the sample itself."""
 
     def __init__(
@@ -140,42 +181,44 @@ class _Search:
         batch_size: int,
         generator: torch.Generator | None,
     ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, got {batch_size!r}")
         self.model, self.x, self.y = model, x, y
         self.bounds, self.batch_size, self.generator = bounds, batch_size, generator
         self.points = x.detach().clone()
-        self.margins = _margins(model, x, y, batch_size)
+        self.margins = self._margins(self.points, y)
 
     def robust(self) -> Tensor:
         return self.margins > 0
 
-    def restart(self, attack: Attack, eps: float) -> None:
+    def restart(self, attack: AnyAttack, eps: float) -> None:
         """Attack, from one start, the samples that are still classified correctly."""
         standing = self.robust().nonzero().squeeze(1)
         for start in range(0, len(standing), self.batch_size):
             rows = standing[start : start + self.batch_size]
-            found = pgd(
-                self.model,
-                self.x[rows],
-                self.y[rows],
-                eps=eps,
-                alpha=attack.step_size(eps),
-                steps=attack.steps,
-                loss=attack.loss,
-                norm=attack.norm,
-                bounds=self.bounds,
-                generator=self.generator,
-            )
-            margins = _margins(self.model, found, self.y[rows], self.batch_size)
+            x, y = self.x[rows], self.y[rows]
+            found = attack.start(self.model, x, y, eps=eps, bounds=self.bounds, generator=self.generator).detach()
+            self._check_inside(found, x, attack, eps)
+            margins = self._margins(found, y)
             better = margins < self.margins[rows]
             self.points[rows[better]] = found[better]
             self.margins[rows[better]] = margins[better]
 
+    def _margins(self, x: Tensor, y: Tensor) -> Tensor:
+        margins = margins_of(torch.cat(_batched_logits(self.model, x, self.batch_size)), y)
+        if margins.isnan().any():
+            raise FloatingPointError("the model's logits are NaN; look at its weights")
+        return margins
 
-def _margins(model: Model, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
-    """Logit of the label minus the largest other logit, shape (N,); positive means classified correctly."""
-    logits = torch.cat(list(_batched_logits(model, x, batch_size)))
-    label = y.unsqueeze(1)
-    return logits.gather(1, label).squeeze(1) - logits.scatter(1, label, -math.inf).amax(1)
+    def _check_inside(self, found: Tensor, x: Tensor, attack: AnyAttack, eps: float) -> None:
+        """An attack that takes more than it was given would make the model look weaker than it is."""
+        farthest = float(lengths(found - x, attack.norm).amax())
+        inside = bool(((found >= self.bounds[0]) & (found <= self.bounds[1])).all())
+        if not farthest <= eps * (1 + _SLACK) + torch.finfo(x.dtype).eps or not inside:
+            raise ValueError(
+                f"attack {attack.name} must stay within eps={eps!r} and bounds={self.bounds!r}, got a change of "
+                f"{farthest!r} and values from {found.min().item()} to {found.max().item()}"
+            )
 
 
 def _batched_logits(model: Model, x: Tensor, batch_size: int) -> list[Tensor]:

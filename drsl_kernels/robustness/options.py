@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -53,9 +54,12 @@ class Names(_ParamType):
 
 
 class Radii(_ParamType):
-    """Numbers or fractions with commas between, each from 0 to 1, as a tuple of floats."""
+    """Numbers or fractions with commas between, each from 0 to `largest`, as a tuple of floats."""
 
     name = "numbers"
+
+    def __init__(self, largest: float = 1.0) -> None:
+        self.largest = largest
 
     def convert(self, value: Any, param: _Parameter, ctx: _Context) -> tuple[float, ...]:
         if isinstance(value, tuple):
@@ -68,8 +72,9 @@ class Radii(_ParamType):
             radius = float(numerator) / float(denominator if slash else 1)
         except (ValueError, ZeroDivisionError):
             self.fail(f"{text!r} is neither a number such as 0.1 nor a fraction such as 8/255", param, ctx)
-        if not 0 <= radius <= 1:
-            self.fail(f"{text!r} is not from 0 to 1, as pixels are", param, ctx)
+        if not 0 <= radius <= self.largest or radius == math.inf:
+            what = "0 or more and finite" if self.largest == math.inf else f"from 0 to {self.largest:g}, as pixels are"
+            self.fail(f"{text!r} is not {what}", param, ctx)
         return radius
 
 

@@ -1,0 +1,256 @@
+"""The command `drsl attack`: reads options, shows progress, prints. The work is done in `attack_run`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, cast
+
+import click
+from rich.console import Console
+
+from .attack_losses import ATTACK_LOSSES
+from .attack_names import KINDS, TRAINING, AttackParameters, canonical_names, least_classes
+from .attack_parts import parts_of
+from .attack_report import RESULTS, check_lines, explanation, heading, results_table, write_results
+from .attack_run import AttackSettings, Subject, attack_checkpoint, load_subject
+from .attacks import NORMS, Norm
+from .autoattack import AUTOATTACK, require_package
+from .command_parts import ProgressBars, check_device, prepare_folder, reproducible
+from .data import PARTS, Part
+from .options import Folder, Radii
+
+__all__ = ["attack_command"]
+
+_DEFAULTS: Final = AttackSettings()
+_NUMBERS: Final = AttackParameters()
+_USUAL_EPS: Final[dict[str, float]] = {"linf": 8 / 255, "l2": 0.5}
+_MOST_THREADS: Final = 1024
+
+
+class _Attacks(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """Names of attacks with commas between, as canonical names."""
+
+    name = "attacks"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return canonical_names([part.strip() for part in value.split(",")])
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+@click.command("attack")
+@click.argument("checkpoints", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="CHECKPOINT...")
+@click.option(
+    "--attacks",
+    type=_Attacks(),
+    default=",".join(_DEFAULTS.attacks),
+    show_default=True,
+    help=f"What to attack with, names with commas between, of {', '.join(KINDS)}. After fgsm, pgd, pgd-t and transfer "
+    f"a colon and what to make large may follow: {', '.join((*ATTACK_LOSSES, TRAINING))}, the last being the loss "
+    "that the checkpoint was trained with. pgd-t is PGD towards each of the likeliest wrong classes. "
+    f"{', '.join(AUTOATTACK)} need the extra 'autoattack'; the name autoattack stands for the standard four of them.",
+)
+@click.option(
+    "--eps",
+    "epsilons",
+    type=Radii(largest=math.inf),
+    help="How far an attack may change an image, pixels being from 0 to 1: each pixel (linf), or the Euclidean length "
+    "of the change (l2). Several with commas between; fractions such as 8/255 will do.  [default: 8/255; 0.5 for l2]",
+)
+@click.option("--norm", type=click.Choice(NORMS), default=_NUMBERS.norm, show_default=True, help="What eps bounds.")
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=_NUMBERS.steps, show_default=True, help="Gradient steps of PGD."
+)
+@click.option(
+    "--restarts",
+    type=click.IntRange(min=1),
+    default=_NUMBERS.restarts,
+    show_default=True,
+    help="Random starts of PGD. Those of AutoAttack have one, as in its standard version.",
+)
+@click.option(
+    "--targets",
+    type=click.IntRange(min=1),
+    default=_NUMBERS.targets,
+    show_default=True,
+    help="Classes that targeted attacks (pgd-t, apgd-t, fab-t) try, the likeliest wrong ones first.",
+)
+@click.option(
+    "--iterations",
+    type=click.IntRange(min=1),
+    default=_NUMBERS.iterations,
+    show_default=True,
+    help="Steps of APGD and FAB.",
+)
+@click.option(
+    "--queries",
+    type=click.IntRange(min=1),
+    default=_NUMBERS.queries,
+    show_default=True,
+    help="Points that Square looks at.",
+)
+@click.option(
+    "--transfer-from",
+    "sources",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="CHECKPOINT",
+    help="A model on which the attack 'transfer' finds its points; may be given several times. Without 'transfer' "
+    "among the attacks, it is added.",
+)
+@click.option(
+    "--held-out",
+    type=click.Choice(PARTS),
+    default=_DEFAULTS.held_out,
+    show_default=True,
+    help="Images to judge with. validation is what training set aside: choose options with it.",
+)
+@click.option("--samples", type=click.IntRange(min=1), help="Attack only the first so many images.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=_DEFAULTS.batch_size,
+    show_default=True,
+    help="Images that the model sees at a time.",
+)
+@click.option(
+    "--check-samples",
+    type=click.IntRange(min=0),
+    default=_DEFAULTS.check_samples,
+    show_default=True,
+    help="Images that the masking checks look at; 0 for no checks.",
+)
+@click.option(
+    "--data-dir", type=click.Path(path_type=Path), help="Where the images are.  [default: where training had them]"
+)
+@click.option(
+    "--out",
+    type=Folder(),
+    default=Path("drsl-attack"),
+    show_default=True,
+    help="Folder for the results. Finished attacks found in it are used again if made with the same options.",
+)
+@click.option("--fresh", is_flag=True, help="Attack again even where a finished attack is found.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0, max=2**63 - 1),
+    default=_DEFAULTS.seed,
+    show_default=True,
+    help="Of the random starts. The same seed gives the same numbers on the same machine.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1, max=_MOST_THREADS),
+    default=_DEFAULTS.threads,
+    show_default=True,
+    help="CPU threads; they change the last digits.",
+)
+@click.option("--device", default=_DEFAULTS.device, show_default=True, help="Where to compute: cpu, or cuda for a GPU.")
+def attack_command(checkpoints: tuple[Path, ...], sources: tuple[Path, ...], **options: Any) -> None:
+    """Attack trained models, and say whether the figures are to be believed.
+
+    CHECKPOINT is a file that `drsl train` wrote, such as best.pt; it says which images it was trained on and how they
+    are normalised. Prints, for each, what every attack leaves on its own and what survives them all, then the masking
+    checks: signs that a model looks robust because attacks cannot see. Writes results.json and results.csv to --out.
+
+    \b
+    Examples:
+      drsl attack runs/ce/best.pt --eps 2/255,4/255,8/255
+      drsl attack runs/*/best.pt --attacks pgd:log_odds,pgd:dlr,pgd-t,square --samples 1000
+      drsl attack runs/drsl/best.pt --attacks autoattack --norm l2 --eps 0.5
+      drsl attack runs/drsl/best.pt --attacks pgd:margin,transfer --transfer-from runs/ce/best.pt
+
+    A robust accuracy is an upper bound: take the worst case, over attacks of several kinds, one of them without
+    gradients (square, transfer), and look at the warnings.
+    """
+    settings, out = _settings(options, bool(sources)), options["out"]
+    check_device(settings.device)
+    models = [_load(path, settings.device, "CHECKPOINT") for path in dict.fromkeys(checkpoints)]
+    strangers = [_load(path, settings.device, "--transfer-from") for path in dict.fromkeys(sources)]
+    _check_fit(settings, models, strangers)
+    prepare_folder(out, [out / name for name in RESULTS] + [parts_of(out) / "any.json"])
+    console = Console()
+    results = []
+    with reproducible(settings.threads), ProgressBars(console, len(models)) as bars:
+        for subject in models:
+            try:
+                result = attack_checkpoint(
+                    settings, subject, strangers, out, bars, data_dir=options["data_dir"], fresh=options["fresh"]
+                )
+            except (FloatingPointError, FileNotFoundError) as error:
+                raise click.ClickException(f"{subject.path}: {error}") from error
+            results.append(result)
+            write_results(settings, results, out)
+    reused = sum(result.reused for result in results)
+    if reused:
+        console.print(f"Found finished in {out} and used again: {reused} attacks and checks.")
+    for result in results:
+        console.print(f"\n{heading(result)}", highlight=False, soft_wrap=True)
+        console.print(results_table(result))
+        for line in check_lines(result.checks):
+            console.print(line, highlight=False)
+    console.print()
+    for what, meaning in explanation(settings, results).items():
+        console.print(f"{what}: {meaning}", highlight=False)
+    console.print(f"Written to {out}: {', '.join(RESULTS)}", soft_wrap=True)
+
+
+def _settings(options: dict[str, Any], has_source: bool) -> AttackSettings:
+    norm = cast(Norm, options["norm"])
+    attacks: tuple[str, ...] = options["attacks"]
+    transfers = any(name.startswith("transfer") for name in attacks)
+    if transfers and not has_source:
+        raise click.BadParameter("the attack 'transfer' needs --transfer-from CHECKPOINT", param_hint="--attacks")
+    if has_source and not transfers:
+        attacks = (*attacks, *canonical_names(["transfer"]))
+    if norm != "linf" and any(name.startswith("fgsm") for name in attacks):
+        raise click.BadParameter(f"fgsm is an attack in the norm linf, not {norm}", param_hint="--attacks")
+    if any(name in AUTOATTACK for name in attacks):
+        try:
+            require_package()
+        except ModuleNotFoundError as error:
+            raise click.ClickException(str(error)) from error
+    epsilons = options["epsilons"] or (_USUAL_EPS[norm],)
+    if norm == "linf" and max(epsilons) > 1:
+        raise click.BadParameter(f"{max(epsilons):g} is not from 0 to 1, as pixels are", param_hint="--eps")
+    return AttackSettings(
+        attacks=attacks,
+        epsilons=epsilons,
+        parameters=AttackParameters(
+            norm, options["steps"], options["restarts"], options["targets"], options["iterations"], options["queries"]
+        ),
+        held_out=cast(Part, options["held_out"]),
+        **{name: options[name] for name in ("samples", "check_samples", "batch_size", "seed", "device", "threads")},
+    )
+
+
+def _load(path: Path, device: str, hint: str) -> Subject:
+    try:
+        return load_subject(path, device)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise click.BadParameter(f"cannot load {path}: {reason}", param_hint=hint) from error
+
+
+def _check_fit(settings: AttackSettings, models: Sequence[Subject], strangers: Sequence[Subject]) -> None:
+    """What an attack needs of a model, and what two models must have in common, before hours of work."""
+    for model in models:
+        about = model.loaded.about
+        for name in settings.attacks:
+            if about["classes"] < least_classes(name):
+                needs = f"{name} needs {least_classes(name)} classes or more, {model.path} has {about['classes']}"
+                raise click.BadParameter(needs, param_hint="--attacks")
+        for stranger in strangers:
+            other = stranger.loaded.about
+            mine, theirs = ((list(a["shape"]), a["classes"]) for a in (about, other))
+            if mine != theirs:
+                raise click.BadParameter(
+                    f"{stranger.path} takes images of shape {theirs[0]} in {theirs[1]} classes, "
+                    f"{model.path} of shape {mine[0]} in {mine[1]}",
+                    param_hint="--transfer-from",
+                )

@@ -1,0 +1,199 @@
+"""Attacks of several kinds in one form, so that they can stand beside each other in a table.
+
+`AnyAttack` is the form. Relies on `attacks`; `evaluate`, `attack_table` and `attack_command` rely on it. PGD for any
+radius is `evaluate.Attack`, the members of AutoAttack are in `autoattack`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from .attack_losses import AttackLoss, margins_of, objective_of
+from .attack_objects import REACH
+from .attacks import Model, Norm, evaluation_mode, fgsm, pgd
+
+__all__ = ["AnyAttack", "SingleStep", "TargetedAttack", "Transfer", "loss_name"]
+
+
+class AnyAttack(Protocol):
+    """An attack for any radius.
+
+    Attributes:
+        name: what it is called in tables.
+        norm: of the ball that it stays in.
+        restarts: how many starts it takes; 1 or more.
+        black_box: it does not use the gradient of the model under attack.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def norm(self) -> Norm: ...
+    @property
+    def restarts(self) -> int: ...
+    @property
+    def black_box(self) -> bool: ...
+
+    def start(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        *,
+        eps: float,
+        bounds: tuple[float, float],
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """One start: points within eps of x and within the bounds, in the shape of x; eps is above 0."""
+
+
+@dataclass(frozen=True)
+class SingleStep:
+    """`fgsm` for any radius. It is the weakest of attacks: a figure to compare with, not one to believe."""
+
+    loss: AttackLoss = "log_odds"
+
+    norm: ClassVar[Norm] = "linf"
+    restarts: ClassVar[int] = 1
+    black_box: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        objective_of(self.loss)
+
+    @property
+    def name(self) -> str:
+        return f"fgsm:{loss_name(self.loss)}"
+
+    def start(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        *,
+        eps: float,
+        bounds: tuple[float, float],
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        return fgsm(model, x, y, eps=eps, loss=self.loss, bounds=bounds)
+
+
+@dataclass(frozen=True)
+class TargetedAttack:
+    """PGD towards each of a sample's likeliest wrong classes in turn, until one of them breaks it.
+
+    Attributes:
+        loss, steps, restarts, norm: as in `pgd`.
+        targets: how many classes to try, the likeliest before the attack first; all wrong ones if there are fewer.
+        reach: how far all steps together could go, in units of eps.
+    """
+
+    loss: AttackLoss = "margin"
+    steps: int = 20
+    restarts: int = 1
+    norm: Norm = "linf"
+    targets: int = 9
+    reach: float = REACH
+
+    black_box: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        objective_of(self.loss)
+        for argument in ("steps", "restarts", "targets"):
+            if getattr(self, argument) < 1:
+                raise ValueError(f"{argument} must be 1 or more, got {getattr(self, argument)!r}")
+
+    @property
+    def name(self) -> str:
+        return f"pgd-t:{loss_name(self.loss)}"
+
+    def start(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        *,
+        eps: float,
+        bounds: tuple[float, float],
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        points = x.detach().clone()
+        logits = _logits(model, points)
+        wrong = logits.scatter(1, y.unsqueeze(1), -torch.inf)
+        targets = wrong.topk(min(self.targets, logits.shape[1] - 1), dim=1).indices
+        margins = margins_of(logits, y)
+        for column in targets.unbind(1):
+            rows = (margins > 0).nonzero().squeeze(1)
+            if not len(rows):
+                break
+            found = pgd(
+                model,
+                x[rows],
+                y[rows],
+                eps=eps,
+                alpha=self.reach * eps / self.steps,
+                steps=self.steps,
+                loss=self.loss,
+                norm=self.norm,
+                bounds=bounds,
+                generator=generator,
+                targeted=column[rows],
+            )
+            found_margins = margins_of(_logits(model, found), y[rows])
+            better = found_margins < margins[rows]
+            points[rows[better]] = found[better]
+            margins[rows[better]] = found_margins[better]
+        return points
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """An attack on another model, whose points are then shown to the one under attack.
+
+    Attributes:
+        source: the other model, for the same samples and classes, on the same device.
+        base: the attack on it.
+        label: what the source is called in tables; "" where there is but one.
+    """
+
+    source: Model
+    base: AnyAttack
+    label: str = ""
+
+    black_box: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        return f"transfer:{self.base.name.removeprefix('pgd:')}" + (f" from {self.label}" if self.label else "")
+
+    @property
+    def norm(self) -> Norm:
+        return self.base.norm
+
+    @property
+    def restarts(self) -> int:
+        return self.base.restarts
+
+    def start(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        *,
+        eps: float,
+        bounds: tuple[float, float],
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        return self.base.start(self.source, x, y, eps=eps, bounds=bounds, generator=generator)
+
+
+def loss_name(loss: AttackLoss) -> str:
+    return loss if isinstance(loss, str) else str(getattr(loss, "__name__", type(loss).__name__))
+
+
+def _logits(model: Model, points: Tensor) -> Tensor:
+    with evaluation_mode(model), torch.no_grad():
+        return model(points)

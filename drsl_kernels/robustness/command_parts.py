@@ -1,0 +1,91 @@
+"""What commands share: checks of a device and a folder, what makes runs repeatable, progress bars.
+
+`commands` and the commands in files of their own rely on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+__all__ = ["ProgressBars", "check_device", "prepare_folder", "reproducible"]
+
+
+def check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise click.BadParameter(f"cannot use {device!r} here: {reason}", param_hint="--device") from error
+
+
+def prepare_folder(folder: Path, files: Sequence[Path]) -> None:
+    """Find out before the work, not after it, that results cannot be written."""
+    for place in dict.fromkeys([folder, *(file.parent for file in files)]):
+        probe = place / ".writable"
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            reason = "it is a file, not a folder" if place.is_file() else error.strerror
+            raise click.BadParameter(f"cannot write to {place}: {reason}", param_hint="--out") from error
+    for file in files:
+        if file.exists() and not file.is_file():
+            raise click.BadParameter(f"cannot write {file}: it is a folder, not a file", param_hint="--out")
+
+
+@contextmanager
+def reproducible(threads: int) -> Iterator[None]:
+    """Fix what else would change the last digits; afterwards put back what was set."""
+    before = torch.get_num_threads(), torch.backends.cudnn.deterministic
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.backends.cudnn.deterministic = before[1]
+
+
+class ProgressBars:
+    """One bar for all runs and one for the run at work."""
+
+    def __init__(self, console: Console, runs: int) -> None:
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self._all = self._bars.add_task("all runs", total=runs)
+        self._current = self._bars.add_task("", total=None)
+        self._label = ""
+
+    def __enter__(self) -> ProgressBars:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bars.update(self._current, visible=False)
+        self._bars.stop()
+
+    def begin_run(self, label: str, steps: int) -> None:
+        self._label = label
+        self._bars.reset(self._current, total=steps, description=label)
+
+    def step(self, doing: str) -> None:
+        self._bars.update(self._current, advance=1, description=f"{self._label}: {doing}")
+
+    def end_run(self) -> None:
+        self._bars.advance(self._all)
+
+    def begin_timing(self) -> None:
+        self._bars.reset(self._current, total=None, description="timing the losses side by side")

@@ -1,0 +1,258 @@
+"""Masking checks: each fires on a model that was made to mask, and stays quiet on an honest one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_lab_attacks import images, model, one_thread, seeded, trained_cnn
+from torch import Tensor, nn
+
+from drsl_kernels.robustness import Attack, TrainingLoss, Transfer, attack_table, masking
+from drsl_kernels.robustness.attack_table import AttackOutcome, AttackTable, run_attack
+
+__all__ = ["images", "model", "one_thread"]  # fixtures
+
+Images = tuple[Tensor, Tensor]
+
+
+class Scaled(nn.Module):
+    """The same decisions from larger logits: the softmax saturates in float32."""
+
+    def __init__(self, model: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.model, self.scale = model, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.scale * self.model(x)
+        return logits
+
+
+class Quantised(Scaled):
+    """Sees x in steps of 1/8: almost nothing is lost, and the gradient is zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward((8 * x).round() / 8)
+
+
+class Noisy(Scaled):
+    """Sees x through fresh noise of deviation `scale`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(x + self.scale * torch.randn_like(x))
+        return logits
+
+
+class TestGradients:
+    def test_quiet_on_an_honest_model(self, model: nn.Module, images: Images) -> None:
+        check = masking.gradients_vanish(model, *images)
+        assert check.outcome == "passed"
+        assert check.numbers == {"zero_cross_entropy": 0.0, "zero_log_odds": 0.0, "samples": 100}
+
+    def test_large_logits_blind_cross_entropy_alone(self, model: nn.Module, images: Images) -> None:
+        check = masking.gradients_vanish(Scaled(model, 100), *images)
+        assert check.outcome == "warning"
+        assert check.numbers["zero_cross_entropy"] > 0.5
+        assert check.numbers["zero_log_odds"] == 0
+        assert "believe those on log_odds, margin, dlr" in check.sentence
+
+    @pytest.mark.parametrize("batch_size", [256, 7])
+    def test_a_quantised_input_blinds_all(self, model: nn.Module, images: Images, batch_size: int) -> None:
+        check = masking.gradients_vanish(Quantised(model, 1), *images, batch_size=batch_size)
+        assert check.outcome == "warning"
+        assert check.numbers["zero_cross_entropy"] == check.numbers["zero_log_odds"] == 1
+        assert "believe Square and transfer attacks alone" in check.sentence
+
+    def test_a_gradient_that_never_arrives_is_zero(self, model: nn.Module, images: Images) -> None:
+        check = masking.gradients_vanish(lambda x: model(x.detach()), *images)
+        assert check.numbers["zero_log_odds"] == 1
+
+    def test_models_are_left_as_found(self, model: nn.Module, images: Images) -> None:
+        model.zero_grad()
+        masking.gradients_vanish(model.train(), *images)
+        assert model.training
+        assert all(parameter.grad is None for parameter in model.parameters())
+        model.eval()
+
+
+class TestSaturation:
+    def test_quiet_on_an_honest_model(self, model: nn.Module, images: Images) -> None:
+        check = masking.softmax_saturates(model, *images)
+        assert (check.outcome, check.numbers["saturated"]) == ("passed", 0)
+
+    def test_large_logits(self, model: nn.Module, images: Images) -> None:
+        check = masking.softmax_saturates(Scaled(model, 100), *images)
+        assert check.outcome == "warning"
+        assert check.numbers["saturated"] > 0.8
+        honest = masking.softmax_saturates(model, *images).numbers["median_margin"]
+        assert check.numbers["median_margin"] == pytest.approx(100 * honest, rel=1e-4)
+
+    def test_sure_of_a_wrong_class_is_not_saturated(self) -> None:
+        check = masking.softmax_saturates(nn.Identity(), torch.tensor([[99.0, 0.0], [99.0, 0.0]]), torch.tensor([1, 0]))
+        assert check.numbers["saturated"] == 0.5
+
+
+class TestRandomness:
+    def test_quiet_on_an_honest_model(self, model: nn.Module, images: Images) -> None:
+        assert masking.outputs_vary(model, images[0]).outcome == "passed"
+
+    def test_noise(self, model: nn.Module, images: Images) -> None:
+        check = masking.outputs_vary(Noisy(model, 0.01), images[0])
+        assert check.outcome == "warning"
+        assert "answers differently when asked twice" in check.sentence
+
+    def test_dropout_is_off_in_evaluation(self, model: nn.Module, images: Images) -> None:
+        assert masking.outputs_vary(nn.Sequential(nn.Dropout(0.5), model).train(), images[0]).outcome == "passed"
+        model.eval()
+
+
+class TestLargeEps:
+    @pytest.mark.parametrize("norm", ["linf", "l2"])
+    def test_quiet_on_an_honest_model(self, model: nn.Module, images: Images, norm: Any) -> None:
+        check = masking.falls_with_eps(model, *images, norm=norm, generator=seeded())
+        assert check.outcome == "passed"
+        assert check.numbers["left"] == 0
+        assert check.numbers["eps"] == (0.5 if norm == "linf" else 4.0)
+
+    def test_gradients_that_are_zero(self, model: nn.Module, images: Images) -> None:
+        check = masking.falls_with_eps(Quantised(model, 1), *images, generator=seeded())
+        assert check.outcome == "warning"
+        assert check.numbers["left"] > 0.2 > check.numbers["chance"]
+        assert "the attack fails, and so it may at smaller eps" in check.sentence
+
+    def test_chance_may_survive(self, images: Images) -> None:
+        """A model that knows one class alone is right about that one whatever is done."""
+        x, y = images
+
+        def knows_three(points: Tensor) -> Tensor:
+            return torch.eye(10)[3] + 0 * points.flatten(1)[:, :10]
+
+        check = masking.falls_with_eps(knows_three, x[y <= 3], y[y <= 3])
+        assert check.numbers["left"] == pytest.approx((y[y <= 3] == 3).double().mean().item())
+
+
+class TestSteps:
+    @pytest.mark.parametrize("norm", ["linf", "l2"])
+    def test_quiet_on_an_honest_model(self, model: nn.Module, images: Images, norm: Any) -> None:
+        check = masking.rises_with_steps(model, *images, 0.1 if norm == "linf" else 0.7, norm=norm)
+        assert check.outcome == "passed"
+        losses = check.numbers["mean_log_odds"]
+        assert losses == sorted(losses)
+        assert check.numbers["steps"] == [0, 1, 5, 20]
+
+    def test_quiet_where_one_step_is_all_that_is_needed(self, images: Images) -> None:
+        """A linear model of two classes: one step reaches the optimum, and twenty reach the same."""
+        x, y = images[0].flatten(1), images[1] % 2
+        check = masking.rises_with_steps(nn.Linear(64, 2), x, y, 0.1)
+        assert check.outcome == "passed"
+
+    def test_gradients_that_are_zero(self, model: nn.Module, images: Images) -> None:
+        check = masking.rises_with_steps(Quantised(model, 1), *images, 0.1)
+        assert check.outcome == "warning"
+        assert "steps along the gradient gain nothing" in check.sentence
+
+    def test_gradients_that_mislead(self, images: Images) -> None:
+        """A long step leaps over the dip beside a low hill, on which short ones stay."""
+
+        def hills(x: Tensor) -> Tensor:
+            hill = torch.minimum(x - 0.5, 0.7 - x)
+            return torch.cat([torch.zeros_like(x), torch.where(x > 0.8, 3 + 0 * x, hill)], dim=1)
+
+        x, y = torch.full((20, 1), 0.5), torch.zeros(20, dtype=torch.int64)
+        check = masking.rises_with_steps(hills, x, y, 0.4)
+        assert check.outcome == "warning"
+        assert "the gradients mislead" in check.sentence
+
+    def test_no_step_at_radius_zero(self, model: nn.Module, images: Images) -> None:
+        assert masking.rises_with_steps(model, *images, 0.0).outcome == "not run"
+
+
+def outcome(
+    name: str, fell: list[int], *, eps: float = 0.1, black_box: bool = False, restarts: int = 1
+) -> AttackOutcome:
+    return AttackOutcome(name, black_box, eps, restarts, torch.tensor(fell), 1.0)
+
+
+def table(*outcomes: AttackOutcome) -> AttackTable:
+    return AttackTable(outcomes[0].fell != 0, outcomes)
+
+
+class TestBlackBox:
+    def test_by_hand(self) -> None:
+        def judge(fell: list[int]) -> masking.Check:
+            white, black = outcome("pgd", [0, 1, 1, -1, -1, -1]), outcome("square", fell, black_box=True)
+            return masking.black_box_beats_white_box(table(white, black), 0.1)
+
+        quiet = judge([0, -1, 1, -1, -1, -1])
+        assert quiet.outcome == "passed"
+        loud = judge([0, -1, 1, 1, 1, -1])
+        assert loud.outcome == "warning"
+        assert loud.numbers["broken_by_black_box_alone"] == pytest.approx(2 / 6)
+        assert (loud.eps, loud.numbers["white_box"], loud.numbers["black_box"]) == (0.1, 3 / 6, 2 / 6)
+
+    def test_one_sample_alone_is_no_sign(self) -> None:
+        found = table(outcome("pgd", [1, -1, -1]), outcome("square", [1, 1, -1], black_box=True))
+        assert masking.black_box_beats_white_box(found, 0.1).outcome == "passed"
+
+    @pytest.mark.parametrize("black_box", [True, False])
+    def test_nothing_to_compare(self, black_box: bool) -> None:
+        check = masking.black_box_beats_white_box(table(outcome("x", [1, -1], black_box=black_box)), 0.1)
+        assert check.outcome == "not run"
+        assert ("no attack that uses gradients" in check.sentence) == black_box
+
+    def test_transfer_beats_blind_attacks(self, model: nn.Module, images: Images) -> None:
+        attack = Attack("log_odds", steps=10, restarts=2)
+        other = trained_cnn(TrainingLoss("ce"), seed=1, epochs=5)
+
+        def judge(subject: nn.Module, source: nn.Module) -> masking.Check:
+            attacks = [attack, Transfer(source, attack)]
+            found = attack_table(subject, *images, epsilons=[0.15], attacks=attacks, generator=seeded())
+            return masking.black_box_beats_white_box(found, 0.15)
+
+        assert judge(Quantised(model, 1), model).outcome == "warning"
+        assert judge(model, other).outcome == "passed"
+
+
+class TestRestarts:
+    def test_by_hand(self) -> None:
+        """Of five starts the first three are the first half."""
+        quiet = masking.restarts_saturate([outcome("pgd", [0, 1, 2, 3, -1, -1], restarts=5)])
+        assert (quiet.outcome, quiet.numbers["broken_by_later_half"]) == ("passed", 0)
+        late = outcome("pgd", [0, 1, 2, 3, 4, -1], restarts=5)
+        loud = masking.restarts_saturate([late])
+        assert loud.outcome == "warning"
+        assert loud.numbers["broken_by_later_half"] == pytest.approx(1 / 6)
+        assert loud.numbers["standing"] == {"pgd": [4, 3, 2, 1, 1]}
+        # What another attack breaks at once is not late.
+        assert masking.restarts_saturate([late, outcome("fgsm", [0, -1, -1, -1, 1, -1])]).outcome == "passed"
+
+    def test_one_start_tells_nothing(self) -> None:
+        assert masking.restarts_saturate([outcome("pgd", [1, -1])]).outcome == "not run"
+        assert masking.restarts_saturate([]).outcome == "not run"
+
+    def test_noise_wears_every_image_down(self, model: nn.Module, images: Images) -> None:
+        attack = Attack("margin", steps=5, restarts=8)
+        honest, noisy = (
+            run_attack(subject, *images, attack, 0.05, generator=seeded()) for subject in (model, Noisy(model, 0.25))
+        )
+        assert masking.restarts_saturate([honest]).outcome == "passed"
+        assert masking.restarts_saturate([noisy]).outcome == "warning"
+
+
+class TestGrowingEps:
+    def test_by_hand(self) -> None:
+        small, large = outcome("pgd", [1, -1, -1]), outcome("pgd", [1, 1, -1], eps=0.2)
+        assert masking.never_rises(table(small, large)).outcome == "passed"
+        weaker = outcome("pgd", [-1, -1, -1], eps=0.2)
+        check = masking.never_rises(table(small, weaker))
+        assert check.outcome == "warning"
+        assert check.numbers == {"rises": [["pgd", 0.1, 0.2]]}
+        assert "pgd leaves more images standing at eps 0.2 than at eps 0.1" in check.sentence
+
+    def test_single_steps_may_overshoot(self) -> None:
+        found = table(outcome("fgsm:ce", [1, -1, -1]), outcome("fgsm:ce", [-1, -1, -1], eps=0.2))
+        assert masking.never_rises(found).outcome == "passed"
+
+    def test_a_single_radius(self) -> None:
+        assert masking.never_rises(table(outcome("pgd", [1, -1]))).outcome == "not run"
