@@ -305,6 +305,7 @@ class TestCommand:
             (["--schedule", "multistep"], 1, "milestones must be given with schedule 'multistep'"),
             (["--amp", "float16"], 1, "amp 'float16' needs a CUDA device"),
             (["--device", "abacus"], 2, "cannot use 'abacus' here"),
+            (["--loss", "gce", "--label-smoothing", "0.1"], 1, "label_smoothing must be 0 with loss gce, got 0.1"),
             (["--loss", "hinge"], 2, "'hinge' is not one of"),
             (["--resume"], 2, "holds no training run to resume; to begin one there, give --dataset"),
         ],

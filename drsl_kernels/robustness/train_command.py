@@ -175,7 +175,7 @@ def train_command(out: Path, resume: bool, checkpoint_batches: int | None, tenso
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         with joined_world(settings.device) as world:
             _check_device(settings.device)
-            console = Console(quiet=world.rank > 0)
+            console = Console(quiet=world.rank > 0, markup=False)
             with _Bars(console) as bars:
                 outcome = run(
                     settings,
