@@ -322,6 +322,9 @@ class TestAugmentation:
         model, images = linear(10), []
         model.register_forward_pre_hook(lambda _, inputs: images.append(inputs[0]))
         recipe = Recipe(2, 70, augmentation="crop_flip")
+        train(model, split.train_x[:1].repeat(70, 1, 1, 1), split.train_y, CE, recipe, generator=seeded())
+        assert not torch.equal(images[0], images[1])
+        images.clear()
         train(model, split.train_x, split.train_y, CE, recipe, generator=seeded())
         orders = seeded()
         for seen in images:

@@ -60,6 +60,7 @@ def weights(model: nn.Module) -> Tensor:
 
 class TestRuns:
     def test_files(self, tmp_path: Path) -> None:
+        pytest.importorskip("tensorboard")
         outcome = run(QUICK, tmp_path)
         assert sorted(os.listdir(tmp_path)) == ["best.pt", "last.pt", "metrics.csv", "settings.json", "tensorboard"]
         with (tmp_path / "metrics.csv").open(newline="") as file:
@@ -277,14 +278,14 @@ class TestCommand:
             *("--augmentation", "crop_flip", "--amp", "bfloat16", "--adversarial", "madry", "--eps", "8/255"),
             *("--alpha", "0.01", "--steps", "3", "--norm", "l2", "--no-random-start", "--inner-loss", "training"),
             *("--beta", "2", "--craft-mode", "eval", "--seed", "5", "--samples", "50", "--threads", "2"),
-            *("--data-dir", "somewhere"),
+            *("--data-dir", "somewhere", "--robust-images", "64"),
         )
         attack = Adversarial("madry", 8 / 255, 0.01, 3, "l2", False, "training", 2.0, "eval")
         recipe = Recipe(
             *(7, 9, 0.3, "sgd", 0.01, 0.5, "multistep", (2, 4), 0.5, 3.0, 0.1, 0.2, "crop_flip", "bfloat16", attack)
         )
         assert self.settings(monkeypatch, tmp_path, *options) == TrainingSettings(
-            *("digits", "small_cnn", TrainingLoss("non_target_logits", 0.3), recipe, 5, "cpu", 2, 50),
+            *("digits", "small_cnn", TrainingLoss("non_target_logits", 0.3), recipe, 5, "cpu", 2, 50, 64),
             data_dir=Path("somewhere"),
         )
 
@@ -304,6 +305,7 @@ class TestCommand:
             (["--schedule", "multistep"], 1, "milestones must be given with schedule 'multistep'"),
             (["--amp", "float16"], 1, "amp 'float16' needs a CUDA device"),
             (["--device", "abacus"], 2, "cannot use 'abacus' here"),
+            (["--loss", "gce", "--label-smoothing", "0.1"], 1, "label_smoothing must be 0 with loss gce, got 0.1"),
             (["--loss", "hinge"], 2, "'hinge' is not one of"),
             (["--resume"], 2, "holds no training run to resume; to begin one there, give --dataset"),
         ],

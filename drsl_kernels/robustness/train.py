@@ -227,12 +227,11 @@ class _Step:
 
     def _images(self, x: Tensor, rows: Tensor, place: tuple[int, int, int]) -> tuple[Tensor, Tensor | None]:
         """This process's images of the batch and the starts of their attacks, drawn for the joint batch."""
-        images = x[rows]
-        starts = None
+        images, starts = x[self.world.part(rows)], None
         if self.recipe.adversarial is not None:
             generator = generator_for(*place, "attack", device=x.device)
-            starts = draw_starts(self.recipe.adversarial, images, generator)
-        images = self.world.part(images)
+            joint = x.new_empty((len(rows), *x.shape[1:]))
+            starts = draw_starts(self.recipe.adversarial, joint, generator)
         if self.recipe.augmentation == "crop_flip":
             crops = draw_crops(len(rows), generator_for(*place, "crops")).to(x.device)
             images = crop_and_flip(images, self.world.part(crops))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,7 +42,7 @@ _OF_ATTACK: Final = {
     "inner_loss": "loss",
     "craft_mode": "mode",
 }
-_OF_RUN: Final = ("model", "seed", "device", "threads", "samples", "data_dir")
+_OF_RUN: Final = ("model", "seed", "device", "threads", "samples", "robust_images", "data_dir")
 
 
 class _Distance(Radii):
@@ -121,6 +122,11 @@ class _Milestones(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     type=click.Choice(CRAFT_MODES),
     help="The network's mode while attacks are made.  [default: as in the papers' code: madry train, trades eval]",
 )
+@click.option(
+    "--robust-images",
+    type=click.IntRange(min=1),
+    help="Validation images attacked after each epoch of adversarial training.  [default: 512]",
+)
 @click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), help="Of all randomness.  [default: 0]")
 @click.option("--samples", type=click.IntRange(min=1), help="Use only so many images. For a quick try.")
 @click.option("--device", help="cpu, or cuda for a GPU.  [default: cpu]")
@@ -165,9 +171,11 @@ def train_command(out: Path, resume: bool, checkpoint_batches: int | None, tenso
     given = {name: value for name, value in options.items() if value is not None}
     try:
         settings = _settings(out, resume, given)
+        if settings.device.startswith("cuda"):  # read when a GPU is first used: products are summed in one order
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         with joined_world(settings.device) as world:
             _check_device(settings.device)
-            console = Console(quiet=world.rank > 0)
+            console = Console(quiet=world.rank > 0, markup=False)
             with _Bars(console) as bars:
                 outcome = run(
                     settings,
