@@ -17,6 +17,7 @@ from drsl_kernels.robustness import (
     TargetedAttack,
     TrainingLoss,
     Transfer,
+    attack_kinds,
     attack_table,
     worst_case,
 )
@@ -90,6 +91,19 @@ class TestTable:
     def test_radius_zero_is_clean(self, model: nn.Module, images: tuple[Tensor, Tensor]) -> None:
         outcome = run_attack(model, *images, Attack("margin", steps=2, restarts=2), 0.0)
         assert outcome.accuracy() == pytest.approx((model(images[0]).argmax(1) == images[1]).double().mean().item())
+
+    def test_targets_are_the_likeliest_wrong_classes(
+        self, model: nn.Module, images: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        correct = model(images[0]).argmax(1) == images[1]
+        x, y = images[0][correct][:10], images[1][correct][:10]
+        asked = []
+        pgd = attack_kinds.pgd
+        monkeypatch.setattr(attack_kinds, "pgd", lambda *a, **o: (asked.append(o["targeted"]), pgd(*a, **o))[1])
+        TargetedAttack(steps=1, targets=3).start(model, x, y, eps=1e-3, bounds=(0, 1), generator=seeded())
+        ranked = model(x).argsort(1, descending=True)
+        wrong = ranked[ranked != y.unsqueeze(1)].view(10, 9)
+        assert torch.equal(torch.stack(asked, dim=1), wrong[:, :3])
 
     def test_more_targets_break_more(self, model: nn.Module, images: tuple[Tensor, Tensor]) -> None:
         left = [

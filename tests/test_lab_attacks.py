@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import foolbox
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,10 @@ from drsl_kernels.robustness.attacks import NORMS
 from drsl_kernels.robustness.data import digits
 from drsl_kernels.robustness.losses import LOSS_NAMES
 from drsl_kernels.robustness.models import small_cnn
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # of scipy, at what foolbox imports
+    import foolbox
 
 UNBOUNDED = (-math.inf, math.inf)
 
