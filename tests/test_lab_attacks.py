@@ -359,3 +359,10 @@ def test_a_training_loss_is_an_attack_loss(name: str) -> None:
     losses = per_sample(loss)(logits, y)
     assert losses.shape == (7,)
     torch.testing.assert_close(losses.mean(), loss(logits, y).loss)
+
+
+def test_label_smoothing_belongs_to_the_training_loss() -> None:
+    logits, y = torch.randn(7, 5, generator=seeded()), torch.arange(7) % 5
+    expected = F.cross_entropy(logits, y, reduction="none", label_smoothing=0.1)
+    for loss in (TrainingLoss("ce"), TrainingLoss("uniform", 0.0)):
+        torch.testing.assert_close(per_sample(loss, label_smoothing=0.1)(logits, y), expected)

@@ -8,7 +8,6 @@ epoch, versions), "model" (its state_dict) and, in one that training can go on f
 from __future__ import annotations
 
 import os
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -67,7 +66,9 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no checkpoint {path}") from None
-    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # what a reader of pickles raises on other files is anything
         # torch's own text begins with advice on how to trust the file nonetheless.
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition("\n")[0].partition(". ")[0]
         raise ValueError(f"{path} is no checkpoint of drsl train: {reason}") from error
