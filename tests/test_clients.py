@@ -229,6 +229,17 @@ def test_foolbox() -> None:
     assert found[1] > found[0] + 0.1
 
 
+def test_attacking() -> None:
+    outcome = page("attacking")
+    table = outcome.variables["table"]
+    worst = table.worst_case()
+    assert table.clean_accuracy() > 0.85
+    assert worst[0.05] > worst[0.1] > worst[0.2]
+    assert all(worst[eps] <= table.of(name, eps).accuracy() for name in table.attacks for eps in worst)
+    assert [check.outcome for check in outcome.variables["checks"]][:4] == ["passed"] * 4
+    assert "worst case" in outcome.printed
+
+
 def test_mixup() -> None:
     variables = page("mixup").variables
     falls, one_hot, images = variables["losses"], variables["one_hot"], variables["x"][:64]

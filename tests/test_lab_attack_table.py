@@ -17,10 +17,11 @@ from drsl_kernels.robustness import (
     TargetedAttack,
     TrainingLoss,
     Transfer,
+    attack_kinds,
     attack_table,
     worst_case,
 )
-from drsl_kernels.robustness.attack_table import run_attack
+from drsl_kernels.robustness.attack_table import AttackOutcome, AttackTable, run_attack
 
 __all__ = ["images", "model", "one_thread"]  # fixtures
 
@@ -55,6 +56,14 @@ class TestTable:
         assert torch.equal(table.robust(0.05), together)
         assert worst[0.1] < min(table.of(name, 0.1).accuracy() for name in ("fgsm:ce", "transfer:margin"))
 
+    def test_what_falls_at_a_small_radius_has_fallen_at_every_larger_one(self) -> None:
+        small, large = (
+            AttackOutcome("pgd", False, eps, 1, torch.tensor(fell), 1.0)
+            for eps, fell in ((0.1, [0, 1, -1]), (0.2, [0, -1, -1]))
+        )
+        found = AttackTable(torch.tensor([False, True, True]), (small, large))
+        assert found.worst_case() == {0.1: pytest.approx(1 / 3), 0.2: pytest.approx(1 / 3)}
+
     def test_a_transferred_attack_is_weaker(self, table: Any) -> None:
         assert table.of("transfer:margin", 0.1).accuracy() > table.of("pgd:margin", 0.1).accuracy()
         assert table.of("transfer:margin", 0.2).accuracy() < table.clean_accuracy()
@@ -83,6 +92,19 @@ class TestTable:
         outcome = run_attack(model, *images, Attack("margin", steps=2, restarts=2), 0.0)
         assert outcome.accuracy() == pytest.approx((model(images[0]).argmax(1) == images[1]).double().mean().item())
 
+    def test_targets_are_the_likeliest_wrong_classes(
+        self, model: nn.Module, images: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        correct = model(images[0]).argmax(1) == images[1]
+        x, y = images[0][correct][:10], images[1][correct][:10]
+        asked = []
+        pgd = attack_kinds.pgd
+        monkeypatch.setattr(attack_kinds, "pgd", lambda *a, **o: (asked.append(o["targeted"]), pgd(*a, **o))[1])
+        TargetedAttack(steps=1, targets=3).start(model, x, y, eps=1e-3, bounds=(0, 1), generator=seeded())
+        ranked = model(x).argsort(1, descending=True)
+        wrong = ranked[ranked != y.unsqueeze(1)].view(10, 9)
+        assert torch.equal(torch.stack(asked, dim=1), wrong[:, :3])
+
     def test_more_targets_break_more(self, model: nn.Module, images: tuple[Tensor, Tensor]) -> None:
         left = [
             run_attack(model, *images, TargetedAttack("margin", steps=5, targets=count), 0.12, generator=seeded())
@@ -109,6 +131,16 @@ class TestTable:
 
         with pytest.raises(ValueError, match=r"attack pgd:log_odds must stay within eps=0.1 .*got a change of 0.2"):
             run_attack(model, *images, TooFar(steps=3), 0.1)
+
+    def test_the_batch_that_is_not_finite_is_named(self) -> None:
+        """NaN for samples above 0.5, which only the third batch comes to be."""
+
+        def breaks(x: Tensor) -> Tensor:
+            return torch.cat([x, 0.4 - x], dim=1) + torch.where(x > 0.5, math.nan, 0.0)
+
+        x, y = torch.tensor([[0.3]] * 4 + [[0.45]] * 2), torch.zeros(6, dtype=torch.int64)
+        with pytest.raises(FloatingPointError, match=r"pgd:log_odds, eps 0.1, a batch of samples 4 to 5: .*not finite"):
+            run_attack(breaks, x, y, Attack(steps=5), 0.1, batch_size=2)
 
     def test_nan_is_no_success(self, images: tuple[Tensor, Tensor]) -> None:
         with pytest.raises(FloatingPointError, match="logits are NaN"):

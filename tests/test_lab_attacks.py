@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import foolbox
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,10 @@ from drsl_kernels.robustness.attacks import NORMS
 from drsl_kernels.robustness.data import digits
 from drsl_kernels.robustness.losses import LOSS_NAMES
 from drsl_kernels.robustness.models import small_cnn
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # of scipy, at what foolbox imports
+    import foolbox
 
 UNBOUNDED = (-math.inf, math.inf)
 
@@ -355,3 +359,10 @@ def test_a_training_loss_is_an_attack_loss(name: str) -> None:
     losses = per_sample(loss)(logits, y)
     assert losses.shape == (7,)
     torch.testing.assert_close(losses.mean(), loss(logits, y).loss)
+
+
+def test_label_smoothing_belongs_to_the_training_loss() -> None:
+    logits, y = torch.randn(7, 5, generator=seeded()), torch.arange(7) % 5
+    expected = F.cross_entropy(logits, y, reduction="none", label_smoothing=0.1)
+    for loss in (TrainingLoss("ce"), TrainingLoss("uniform", 0.0)):
+        torch.testing.assert_close(per_sample(loss, label_smoothing=0.1)(logits, y), expected)

@@ -14,8 +14,8 @@ from typing import Final, Literal, TypeAlias, cast, get_args
 import torch.nn.functional as F
 from torch import Tensor
 
-from drsl_kernels import fused_drsl_loss, softmax_loss
-from drsl_kernels.spec import Distance, Truth
+from drsl_kernels import softmax_loss
+from drsl_kernels.spec import DISTANCES, Distance, Truth
 
 from .losses import BASELINE, TrainingLoss
 
@@ -61,13 +61,20 @@ def margins_of(logits: Tensor, y: Tensor) -> Tensor:
 
 def per_sample(loss: TrainingLoss, *, label_smoothing: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
     """A training loss as something to attack with: (logits (N, C), y (N,)) -> losses (N,), not averaged."""
+    # The name of a distance means cross-entropy with that distance; others are truth terms alone.
+    truth, distance = ("ce", loss.name) if loss.name in DISTANCES else (loss.name, None)
 
     def training(logits: Tensor, y: Tensor) -> Tensor:
         if loss.name == BASELINE:
             return F.cross_entropy(logits, y, reduction="none", label_smoothing=label_smoothing)
-        distance = cast(Distance, loss.name)
-        return fused_drsl_loss(
-            logits, y, loss.tau, distance=distance, reduction="none", label_smoothing=label_smoothing
+        return softmax_loss(
+            logits,
+            y,
+            truth=cast(Truth, truth),
+            distance=cast("Distance | None", distance),
+            tau=loss.tau,
+            reduction="none",
+            label_smoothing=label_smoothing,
         )
 
     return training

@@ -197,9 +197,13 @@ class Search:
         for start in range(0, len(standing), self.batch_size):
             rows = standing[start : start + self.batch_size]
             x, y = self.x[rows], self.y[rows]
-            found = attack.start(self.model, x, y, eps=eps, bounds=self.bounds, generator=self.generator).detach()
+            try:
+                found = attack.start(self.model, x, y, eps=eps, bounds=self.bounds, generator=self.generator).detach()
+                margins = self._margins(found, y)
+            except FloatingPointError as error:
+                where = f"{attack.name}, eps {eps:.4g}, a batch of samples {int(rows[0])} to {int(rows[-1])}"
+                raise FloatingPointError(f"{where}: {error}") from error
             self._check_inside(found, x, attack, eps)
-            margins = self._margins(found, y)
             better = margins < self.margins[rows]
             self.points[rows[better]] = found[better]
             self.margins[rows[better]] = margins[better]
