@@ -116,6 +116,8 @@ class TestAdversarialExamples:
             assert starts.std().item() == pytest.approx(0.001, rel=0.05)
         else:
             assert 0.29 < length.max() <= 0.3 + 1e-6
+            assert starts.mean().item() == pytest.approx(0, abs=0.01)
+            assert starts.min().item() < -0.25
             assert (length**3).mean().item() == pytest.approx(0.5 * 0.3**3, rel=0.5 if norm == "linf" else 0.05)
         found = self.crafted(linear(), adversarial)
         change = (found - self.X).flatten(1)
@@ -124,6 +126,18 @@ class TestAdversarialExamples:
         assert size.min() > 0
         assert found.min() >= 0
         assert found.max() <= 1
+
+    @pytest.mark.parametrize("random_start", [True, False])
+    def test_starts_reach_training_each_epoch_anew(self, split: Split, random_start: bool) -> None:
+        model, seen = linear(10), []
+        model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+        recipe = Recipe(2, 70, adversarial=Adversarial(eps=0.1, alpha=0.1, steps=1, random_start=random_start))
+        image = split.train_x[:1].repeat(70, 1, 1, 1)
+        train(model, image, split.train_y, CE, recipe, generator=seeded())
+        for start in seen[::2]:
+            assert (start - image).abs().max() <= 0.1 + 1e-6
+            assert torch.equal(start, image) != random_start
+        assert torch.equal(seen[0], seen[2]) != random_start
 
     def test_parameters_accumulate_nothing(self) -> None:
         model = linear()

@@ -224,7 +224,8 @@ def test_killed_between_a_file_and_its_name(tmp_path: Path, monkeypatch: pytest.
         patch.setattr(Path, "unlink", lambda *_, **__: None)  # a killed process cleans nothing up
         with pytest.raises(StopError):
             run(TINY, folder, tensorboard=False)
-    assert list(folder.glob(".unfinished-*"))
+    (left,) = folder.glob(".unfinished-*")
+    left.rename(left.with_name(".unfinished-1-of-another-process"))
     run(TINY, folder, resume=True, tensorboard=False)
     assert not list(folder.glob(".unfinished-*"))
     assert_same_run(folder, tmp_path / "undisturbed")
