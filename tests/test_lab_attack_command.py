@@ -215,7 +215,7 @@ class TestUsedAgain:
         paths = sorted((tmp_path / "parts").iterdir())
         for path in paths:
             whole = json.loads(path.read_text())
-            whole["result"] = {"fell": [0, 1]} if "fell" in whole["result"] else {"name": "x"}
+            whole["result"] = whole["result"] | {"fell": [0, 1]} if "fell" in whole["result"] else {"name": "x"}
             path.write_text(json.dumps(whole) if content is None else content)
         assert "used again" not in again().output
 

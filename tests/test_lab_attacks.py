@@ -305,9 +305,9 @@ class TestObjects:
     def test_every_setting_reaches_pgd(self, model: nn.Module, images: tuple[Tensor, Tensor]) -> None:
         x, y = images
         settings: dict[str, Any] = {
-            "eps": 0.2,
-            "alpha": 0.01,
-            "steps": 3,
+            "eps": 0.3,
+            "alpha": 0.3,
+            "steps": 4,
             "loss": "ce",
             "random_start": False,
             "bounds": (-1.0, 2.0),
@@ -316,6 +316,9 @@ class TestObjects:
         targeted = other_classes(y)
         found = PGD(**settings)(model, x, y, targeted=targeted)
         assert torch.equal(found, pgd(model, x, y, **settings, targeted=targeted))
+        others = {"keep": "best", "bounds": (0.0, 1.0), "alpha": 0.1, "steps": 3, "eps": 0.2, "loss": "dlr"}
+        for name, value in others.items():
+            assert not torch.equal(found, PGD(**(settings | {name: value}))(model, x, y, targeted=targeted)), name
 
     def test_fgsm(self, model: nn.Module, images: tuple[Tensor, Tensor]) -> None:
         x, y = images

@@ -76,6 +76,13 @@ class TestMembers:
         assert torch.equal(points(0), points(0))
         assert not torch.equal(points(0), points(1))
 
+    def test_dropout_is_off_during_the_attack(self, model: nn.Module, images: tuple[Tensor, Tensor]) -> None:
+        def points(training: bool) -> Tensor:
+            subject = nn.Sequential(model, nn.Dropout(0.5)).train(training)
+            return quick("apgd-ce").start(subject, *few(images), eps=0.12, bounds=(0, 1), generator=seeded())
+
+        assert torch.equal(points(training=True), points(training=False))
+
     @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
     def test_works_wherever_it_is_called(self, model: nn.Module, images: tuple[Tensor, Tensor], context: Any) -> None:
         options: dict[str, Any] = {"eps": 0.12, "bounds": (0, 1)}

@@ -64,6 +64,13 @@ class TestGradients:
         assert check.numbers["zero_cross_entropy"] == check.numbers["zero_log_odds"] == 1
         assert "believe Square and transfer attacks alone" in check.sentence
 
+    def test_a_pixel_that_does_not_count_is_no_masking(self, images: Images) -> None:
+        linear = nn.Linear(64, 10)
+        with torch.no_grad():
+            linear.weight[:, :60] = 0
+        check = masking.gradients_vanish(linear, images[0].flatten(1), images[1])
+        assert check.numbers["zero_log_odds"] == check.numbers["zero_cross_entropy"] == 0
+
     def test_a_gradient_that_never_arrives_is_zero(self, model: nn.Module, images: Images) -> None:
         check = masking.gradients_vanish(lambda x: model(x.detach()), *images)
         assert check.numbers["zero_log_odds"] == 1
