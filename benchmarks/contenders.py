@@ -7,6 +7,7 @@ it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, TypeAlias
 
 import torch
@@ -83,8 +84,10 @@ def contenders(
     }
     runs = {name: kinds[work](loss) for name, loss in losses(compiled).items()}
     if work == "forward+backward" and dtype == torch.float32:
-        half = logits.detach().bfloat16().requires_grad_()
-        runs["uniform bfloat16"] = lambda: backward(losses()["uniform"], half, y)
+        ours = losses()["uniform"]
+        for name, narrow in (("bfloat16", torch.bfloat16), ("float16", torch.float16)):
+            half = logits.detach().to(narrow).requires_grad_()
+            runs[f"uniform {name}"] = partial(backward, ours, half, y)
     runs[FLOOR] = logits.detach().clone
     return runs
 

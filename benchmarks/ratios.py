@@ -155,7 +155,7 @@ def target_table(rows: list[dict[str, Any]]) -> Table:
             f"{target.shape[0]}x{target.shape[1]}",
             target.what,
             f"{target.allowed:.2f}",
-            f"{target.measured:.2f}",
+            target.text(),
             f"[{style}]{'met' if target.met else 'not met'}[/{style}]",
         )
     return table

@@ -136,7 +136,7 @@ def prediction_table() -> str:
 
 def _target(target: Target) -> str:
     rows, classes = target.shape
-    return f"{rows}x{classes}: {target.measured:.2f} of {target.allowed:g}{'' if target.met else ' **missed**'}"
+    return f"{rows}x{classes}: {target.text()} of {target.allowed:g}{'' if target.met else ' **missed**'}"
 
 
 def _medians(row: dict[str, Any]) -> dict[str, float]:

@@ -19,7 +19,7 @@ FORWARD_BACKWARD: list[tuple[list[tuple[int, int]], tuple[float | None, float | 
     ([(4096, 1000), (1024, 32000), (256, 128256)], (0.38, 0.35, 1.5)),
 ]
 NO_GRAD = 0.5  # of F.cross_entropy
-BFLOAT16 = 1.0  # of our own float32
+HALF = 1.0  # bfloat16 and float16, of our own float32
 AVX2 = 1.3  # of the ratio with AVX-512
 MEMORY = 1.1  # peak above the logits, over one gradient: the rest is a few numbers per row
 
@@ -35,8 +35,12 @@ class Target:
 
     @property
     def met(self) -> bool:
-        """To two digits, as the ratios are printed."""
-        return round(self.measured, 2) <= self.allowed
+        return self.measured <= self.allowed
+
+    def text(self) -> str:
+        """The figure to two digits, or to as many as tell it from what was allowed."""
+        rounded = f"{self.measured:.2f}"
+        return rounded if (float(rounded) <= self.allowed) == self.met else f"{self.measured:.4f}"
 
 
 def targets(rows: list[dict[str, Any]]) -> Iterator[Target]:
@@ -61,7 +65,8 @@ def targets(rows: list[dict[str, Any]]) -> Iterator[Target]:
             for name, allowed in zip(AGAINST, limits, strict=True):
                 if allowed is not None and name in medians:
                     yield Target(f"over {name}", shape, allowed, ours / medians[name])
-            if "uniform bfloat16" in medians:
-                yield Target("bfloat16 over float32", shape, BFLOAT16, medians["uniform bfloat16"] / ours)
+            for half in ("bfloat16", "float16"):
+                if f"uniform {half}" in medians:
+                    yield Target(f"{half} over float32", shape, HALF, medians[f"uniform {half}"] / ours)
             if "memory" in row:
                 yield Target("peak memory over one gradient", shape, MEMORY, row["memory"]["uniform"])

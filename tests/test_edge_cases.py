@@ -109,6 +109,19 @@ def test_masked_classes_with_smoothing_and_weights(classes: int, mask: str, back
     assert_true(z, y, 0.5, distance="uniform", label_smoothing=0.2, weight=weight, backend=backend)
 
 
+@pytest.mark.parametrize("weight_there", [math.inf, math.nan])
+@pytest.mark.parametrize("classes", [3, 10, 100, 400, 3000])
+def test_weight_of_a_masked_class(classes: int, weight_there: float, backend: str) -> None:
+    z, y, weight = masked(5, classes, [1]).requires_grad_(), torch.tensor([0, 2, 0, 2, 2]), torch.ones(classes)
+    weight[1] = weight_there
+    loss = fused_drsl_loss(z, y, 0.5, weight=weight, label_smoothing=0.1, reduction="sum", backend=backend)
+    loss.backward()
+    assert loss.isfinite()
+    assert z.grad is not None
+    assert (z.grad[:, 1] == 0).all()
+    assert z.grad.isfinite().all()
+
+
 @SIZES
 @FLOATS
 def test_masked_classes_as_cross_entropy(classes: int, dtype: str, backend: str) -> None:

@@ -15,8 +15,8 @@ COUNTER = Path(__file__).parents[1] / "build" / "extension" / "tests" / "cpp" / 
 ROWS = 16  # one block of the widest kernels
 # Where a vector is full, a kernel takes over from the other, or a chunk ends. Stepping is slow: benchmarks/scaling.py
 # counts all numbers of classes from 2 to 300.
-NEIGHBOURS = (8, 9, 16, 17, 48, 49, 128, 129, 320, 321)
-AROUND_POWERS = (511, 512, 513, 1023, 1024, 1025, 4095, 4096, 4097, 8191, 8192, 8193)
+NEIGHBOURS = (8, 9, 16, 17, 48, 49, 95, 96, 128, 129, 160, 161, 320, 321)
+AROUND_POWERS = (511, 512, 513, 1023, 1024, 1025, 2048, 2049, 4095, 4096, 4097, 8191, 8192, 8193)
 
 pytestmark = [
     pytest.mark.slow,

@@ -1,5 +1,5 @@
 // Loading and storing vectors: every storage format, whole and partial vectors, and the square transpose that
-// turns rows into lanes. Relies on simd.h; row_kernel.h and tile_kernel.h rely on it.
+// turns rows into lanes. Relies on simd.h; call.h, quads.h and sweeps.h rely on it.
 #pragma once
 
 #include "simd.h"

@@ -67,7 +67,7 @@ DRSL_FN void transpose_quad(QuadWords (&v)[4]) {
 }
 
 // Vector i of a quad holds rows i and, where there are eight, 4 + i.
-DRSL_FN QuadWords load_rows(const void* row, const void* row4) {
+DRSL_FN QuadWords load_rows(const void* row, [[maybe_unused]] const void* row4) {
 #if defined(__AVX2__)
   const __m256i low = _mm256_castsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(row)));
   return (QuadWords)_mm256_inserti128_si256(low, _mm_loadu_si128(static_cast<const __m128i*>(row4)), 1);
@@ -78,7 +78,7 @@ DRSL_FN QuadWords load_rows(const void* row, const void* row4) {
 #endif
 }
 
-DRSL_FN void store_rows(void* row, void* row4, QuadWords words) {
+DRSL_FN void store_rows(void* row, [[maybe_unused]] void* row4, QuadWords words) {
 #if defined(__AVX2__)
   _mm_storeu_si128(static_cast<__m128i*>(row), _mm256_castsi256_si128((__m256i)words));
   _mm_storeu_si128(static_cast<__m128i*>(row4), _mm256_extracti128_si256((__m256i)words, 1));

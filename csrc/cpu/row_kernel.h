@@ -132,7 +132,6 @@ DRSL_PASS void write_gradient(const D* z, const S* u, D* grad, int64_t n, const 
   const auto row = [&](S x) { return quiet(Vec<S>(x)); };
   const Vec<S> a = row(block.a.v[lane] * fall), b = row(block.b.v[lane] * fall * fall), c = row(block.c.v[lane]);
   const Vec<S> offset = row(block.offset.v[lane]), max = row(block.max.v[lane]), smooth = row(block.smooth.v[lane]);
-  const Vec<S> masked = row(soft ? block.smooth.v[lane] : S(0));
   const auto gradient = [&](Vec<S> e, Vec<S> v, Vec<S> weight) {
     Vec<S> g = e * a;
     if constexpr (Terms::kSquares) g = e * (a + b * e);
@@ -141,7 +140,7 @@ DRSL_PASS void write_gradient(const D* z, const S* u, D* grad, int64_t n, const 
       Vec<S> at_masked(S(0));
       if constexpr (Terms::kWeightedMean) {
         step = step - smooth * weight;
-        at_masked = -(masked * weight);
+        if (soft) at_masked = -(smooth * weight);
       }
       g = g + select(v != -infinity<Vec<S>>(), step, at_masked);
     }
@@ -367,13 +366,13 @@ DRSL_FN void row_block(const Call<D>& call, int64_t first, int64_t n, S* scratch
       continue;
     }
     const D* const z = call.logits + block.offsets[i];
-    const S* const u = call.weights_of_row(first + i);
+    const S* const u = Terms::kWeightedMean ? call.weights_of_row(first + i) : nullptr;
     for (int64_t at = 0; at < t.classes; at += kChunkElements) {
       S fall(1);
       if (t.classes > kChunkElements) {
         fall = exp_(-drop(load(static_cast<const S*>(chunk_max) + at / kChunkElements * kLanes), stats.max)).v[i];
       }
-      write_gradient<Terms>(z + at, u + at, grad + at, width_at(at), block.exps(i, at), grads, i, fall, t.soft);
+      write_gradient<Terms>(z + at, u ? u + at : u, grad + at, width_at(at), block.exps(i, at), grads, i, fall, t.soft);
     }
     store_one(grad + t.labels[first + i], grads.label.v[i]);
   }

@@ -263,7 +263,7 @@ DRSL_FN Vec<S> exp_of_fall(Vec<S> x) {
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 // x = (m + j/s) ln 2 + r with |r| <= ln(2)/(2s), s the number of lanes: exp(x) = 2^m 2^(j/s) exp(r), the middle factor
-// from a register. A polynomial for r this small takes a fifth (AVX-512) or a third (AVX2) less time than exp_.
+// from a register. A polynomial for r this small takes a fifth (AVX-512) or two fifths (AVX2) less time than exp_.
 template <>
 DRSL_FN Vec<float> exp_of_fall(Vec<float> x) {
   using K = Tables<float>;

@@ -24,8 +24,8 @@ DRSL_FN TileLines tile_lines(const Call<D>& call, int64_t n, const int64_t* offs
   const int64_t row_step = n > 1 ? offsets[1] - offsets[0] : 1;
   const auto step = [](int64_t stride) { return kBytes * (stride == 1 ? kLanes : stride); };
   return {reinterpret_cast<const char*>(call.logits + offsets[0] + kLanes * row_step),
-          reinterpret_cast<const char*>(call.grad + grad_offsets[0]), step(layout.logits_class_stride),
-          step(layout.grad_class_stride)};
+          reinterpret_cast<const char*>(call.grad ? call.grad + grad_offsets[0] : nullptr),
+          step(layout.logits_class_stride), step(layout.grad_class_stride)};
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -265,7 +265,6 @@ DRSL_PASS void write_tile_gradient(const Call<D>& call, const int64_t* grad_offs
   constexpr int kLanes = Vec<S>::kLanes;
   const Vec<S> lowest = -infinity<Vec<S>>(), zero(S(0));
   const Task& t = call.task;
-  const Vec<S> masked = t.soft ? block.smooth : zero;
   write_tile(call.grad, grad_offsets, n, t.classes, t.layout.grad_class_stride, [&](int64_t c) {
     const Vec<S> e = load(exps + c * kLanes);
     Vec<S> g = e * block.a;
@@ -277,7 +276,7 @@ DRSL_PASS void write_tile_gradient(const Call<D>& call, const int64_t* grad_offs
       if constexpr (Terms::kWeightedMean) {
         const Vec<S> u = weight_of<S>(call, weights, c);
         step = step - block.smooth * u;
-        at_masked = -(masked * u);
+        if (t.soft) at_masked = -(block.smooth * u);
       }
       g = g + select(v != lowest, step, at_masked);
     }
@@ -291,7 +290,7 @@ DRSL_FN int64_t tile_scratch_elements(const Task& t) {
 }
 
 // Rows first .. first + n - 1, n <= kLanes. Scratch holds a tile of class probabilities, where the call is soft, one of
-// logits, one of exponentials and then of the gradient, and a spare row.
+// logits, one of exponentials, and a spare row.
 template <class Terms, bool kGrad, class D, class S = Accumulator<D>>
 DRSL_FN void tile_block(const Call<D>& call, int64_t first, int64_t n, S* scratch, LossSum<S>& sum) {
   constexpr int kLanes = Vec<S>::kLanes;
