@@ -36,6 +36,9 @@ def labels(count: int) -> Bytes:
     return (np.arange(count) * 7 % 10).astype(np.uint8)
 
 
+ZIPPED = gzip.compress(idx(labels(9)), mtime=0)
+
+
 def write(folder: Path, *, zipped: bool = False, seed: int = 0, train: int = TRAIN) -> Path:
     """The four files of a small data set with 28x28 images."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,8 +102,8 @@ class TestIdx:
             (idx(labels(9)) + b"\0", "too long: its sizes are 9, 9 bytes, but 10 follow"),
             (b"\0\0\x08\x01" + b"\xff" * 4, "truncated: its sizes are 4294967295, 4294967295 bytes, but 0 follow"),
             (b"\0\0\x08\x01" + b"\0" * 4, "holds no values, its sizes being 0"),
-            (gzip.compress(idx(labels(9)), mtime=0)[:-9], "the gzip data are truncated or damaged: Compressed file ended"),
-            (gzip.compress(idx(labels(9)), mtime=0)[:-8] + bytes(8), "the gzip data are truncated or damaged: CRC check failed"),
+            (ZIPPED[:-9], "the gzip data are truncated or damaged: Compressed file ended"),
+            (ZIPPED[:-8] + bytes(8), "the gzip data are truncated or damaged: CRC check failed"),
             (b"\x1f\x8b\x08" + b"\xff" * 40, "the gzip data are truncated or damaged"),
             (idx(labels(1001)), "holds more than 1,000 bytes"),
             (gzip.compress(bytes(100_000)), "holds more than 1,000 bytes"),
