@@ -22,19 +22,23 @@ import drsl_kernels
 def where() -> dict[str, Any]:
     """Machine, versions, commit and date."""
     root = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
-    )
+    commit = _git(root, "describe", "--always", "--exclude=*")
+    # Results that an earlier benchmark has just written change nothing that is measured.
+    changed = _git(root, "status", "--porcelain", "--", ":/", ":(exclude,top)benchmarks/results")
     model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip() or None,
+        "commit": f"{commit}-dirty" if changed else commit or None,
         "processor": model[0].split(":")[1].strip() if model else platform.processor(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "drsl_kernels": str(drsl_kernels.info()),
     }
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
