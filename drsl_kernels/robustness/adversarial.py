@@ -7,12 +7,11 @@ L is any `TrainingLoss`, A the inner loss, p the softmax of f. The maximum is so
 over samples, never the mean; sign or unit length; ball, then [0, 1]), but the last point is taken and not the best one:
 training wants a gradient at every image, not a verdict. Sources: Madry et al., arXiv 1706.06083; Zhang et al.,
 arXiv 1901.08573 and its code, from which the start (a Gaussian of deviation 0.001) and the mode of the model come.
-`train` relies on it.
+Relies on `balls`, `attacks` and `attack_losses`; `train` relies on it.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Final, TypeAlias
@@ -21,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from drsl_kernels import softmax_loss
-
+from .attack_losses import objective_of
 from .attacks import evaluation_mode
+from .balls import ascent_direction, project, random_point
 from .losses import BatchResult, TrainingLoss
 from .recipe import Adversarial, Recipe
 
@@ -33,6 +32,7 @@ __all__ = ["adversarial_examples", "batch_result", "draw_starts"]
 _Inner: TypeAlias = Callable[[Tensor], Tensor]
 
 _TRADES_START: Final = 0.001
+_BOUNDS: Final = (0.0, 1.0)
 
 
 def batch_result(
@@ -71,12 +71,7 @@ def draw_starts(adversarial: Adversarial | None, x: Tensor, generator: torch.Gen
         return None
     if adversarial.method == "trades":
         return _TRADES_START * torch.empty_like(x).normal_(generator=generator)
-    if adversarial.norm == "linf":
-        return adversarial.eps * torch.empty_like(x).uniform_(-1, 1, generator=generator)
-    direction = _unit_length(torch.empty_like(x).normal_(generator=generator))
-    # The volume within radius r grows as r^d: the d-th root of a uniform number spreads points evenly.
-    radius = x.new_empty(x.shape[:1]).uniform_(generator=generator) ** (1 / max(1, x[:1].numel()))
-    return adversarial.eps * direction * _per_sample(radius, x)
+    return random_point(torch.zeros_like(x), adversarial.eps, adversarial.norm, generator)
 
 
 def adversarial_examples(
@@ -89,13 +84,13 @@ def adversarial_examples(
     precision.
     """
     mode = evaluation_mode(model) if adversarial.mode == "eval" else nullcontext()
-    point = x.detach() if starts is None else _project(x + starts, x, adversarial)
+    point = x.detach() if starts is None else project(x + starts, x, adversarial.eps, adversarial.norm, _BOUNDS)
     with mode, _no_float16(x.device):
         for _ in range(adversarial.steps):
             point = point.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(inner(model(point)), point)
-            step = gradient.sign() if adversarial.norm == "linf" else _unit_length(gradient)
-            point = _project(point.detach() + adversarial.alpha * step, x, adversarial)
+            step = adversarial.alpha * ascent_direction(gradient, adversarial.norm)
+            point = project(point.detach() + step, x, adversarial.eps, adversarial.norm, _BOUNDS)
     return point.detach()
 
 
@@ -109,10 +104,7 @@ def _madry_inner(adversarial: Adversarial, y: Tensor, loss: TrainingLoss, recipe
     def inner(logits: Tensor) -> Tensor:
         if adversarial.loss == "training":
             return loss(logits, y, label_smoothing=recipe.label_smoothing).loss * len(y)
-        if adversarial.loss == "margin":
-            label = y.unsqueeze(1)
-            return (logits.scatter(1, label, -math.inf).amax(1) - logits.gather(1, label).squeeze(1)).sum()
-        return softmax_loss(logits, y, truth=adversarial.loss, reduction="sum")
+        return objective_of(adversarial.loss)(logits, y, None)[0].sum()
 
     return inner
 
@@ -133,29 +125,3 @@ def _divergence(clean: Tensor, attacked: Tensor) -> Tensor:
     wide = torch.promote_types(clean.dtype, torch.float32)
     towards, around = attacked.to(wide).log_softmax(1), clean.to(wide).log_softmax(1)
     return F.kl_div(towards, around, reduction="sum", log_target=True)
-
-
-def _project(points: Tensor, x: Tensor, adversarial: Adversarial) -> Tensor:
-    """The nearest point of the ball around x, then the nearest in [0, 1]."""
-    change = points - x
-    if adversarial.norm == "linf":
-        change = change.clamp(-adversarial.eps, adversarial.eps)
-    else:
-        length = torch.linalg.vector_norm(change.flatten(1), dim=1)
-        shrink = (adversarial.eps / length.clamp(min=torch.finfo(x.dtype).tiny)).clamp(max=1)
-        change = change * _per_sample(shrink, x)
-    return (x + change).clamp(0, 1)
-
-
-def _unit_length(vectors: Tensor) -> Tensor:
-    """Each sample's vector scaled to Euclidean length 1; zero vectors stay zero."""
-    smallest = torch.finfo(vectors.dtype).tiny
-    # By the largest entry first, so that squares of gradients around 1e-30 do not vanish.
-    scaled = vectors / _per_sample(vectors.flatten(1).abs().amax(1).clamp(min=smallest), vectors)
-    length = torch.linalg.vector_norm(scaled.flatten(1), dim=1)
-    return scaled / _per_sample(length.clamp(min=smallest), vectors)
-
-
-def _per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """Values of shape (N,) made to broadcast against samples of shape (N, ...)."""
-    return values.view(-1, *[1] * (like.dim() - 1))

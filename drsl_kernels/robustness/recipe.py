@@ -12,6 +12,8 @@ from typing import Any, Final, Literal, TypeAlias, cast, get_args
 
 from drsl_kernels.spec import integer, number
 
+from .balls import NORMS
+
 __all__ = [
     "AMP",
     "AUGMENTATIONS",
@@ -41,7 +43,6 @@ AMP: Final[tuple[str, ...]] = get_args(Precision)
 METHODS: Final[tuple[str, ...]] = get_args(Method)
 CRAFT_MODES: Final[tuple[str, ...]] = get_args(CraftMode)
 INNER_LOSSES: Final[tuple[str, ...]] = get_args(InnerLoss)
-NORMS: Final = ("linf", "l2")
 
 # The mode in which each paper's code crafts its examples.
 _MODE_OF: Final[dict[str, CraftMode]] = {"madry": "train", "trades": "eval"}

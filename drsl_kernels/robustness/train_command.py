@@ -15,13 +15,15 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .balls import NORMS
+from .command_parts import check_device
 from .data import DATASETS
 from .distributed import joined_world
 from .engine import BEST, Outcome, read_settings, run
 from .losses import ALL_LOSSES, BASELINE, TRUTHS, TrainingLoss
 from .models import MODELS
 from .options import Folder, Radii
-from .recipe import AMP, AUGMENTATIONS, CRAFT_MODES, INNER_LOSSES, METHODS, NORMS, OPTIMIZERS, SCHEDULES, Recipe
+from .recipe import AMP, AUGMENTATIONS, CRAFT_MODES, INNER_LOSSES, METHODS, OPTIMIZERS, SCHEDULES, Recipe
 from .settings import TrainingSettings, default_attack, default_settings, default_tau
 from .training_logs import EpochRow
 
@@ -174,7 +176,7 @@ def train_command(out: Path, resume: bool, checkpoint_batches: int | None, tenso
         if settings.device.startswith("cuda"):  # read when a GPU is first used: products are summed in one order
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         with joined_world(settings.device) as world:
-            _check_device(settings.device)
+            check_device(settings.device)
             console = Console(quiet=world.rank > 0, markup=False)
             with _Bars(console) as bars:
                 outcome = run(
@@ -231,14 +233,6 @@ def _recipe(begun: TrainingSettings, given: dict[str, Any]) -> Recipe:
     if adversarial is not None:
         adversarial = dataclasses.replace(adversarial, **attack)
     return dataclasses.replace(begun.recipe, **changes, adversarial=adversarial)
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).partition("\n")[0].partition(". ")[0]
-        raise click.BadParameter(f"cannot use {device!r} here: {reason}", param_hint="--device") from error
 
 
 def _report(outcome: Outcome, out: Path, console: Console) -> None:
