@@ -234,6 +234,8 @@ Task make_task(const Inputs& in, const Config& config, const Wanted& wanted, con
   task.tau = in.penalised ? config.tau_value : 0;
   task.tau_rows = in.penalised ? read(in.tau) : nullptr;
   task.tau_stride = step(in.tau);
+  task.saved = in.logits.is_cpu() ? data(result.saved) : nullptr;
+  task.from_saved = task.saved && !wanted.saved;
   task.upstream = read(in.upstream);
   task.upstream_stride = step(in.upstream);
   task.grad_scale = result.grad_scale;
@@ -387,7 +389,8 @@ Result compute(const Tensor& logits_in, const Tensor& y_in, const Tensor& weight
 
   Result result;
   const auto options = in.logits.options().dtype(in.acc);
-  const double denominator = device ? 1 : scan_labels(kernels(), in, config, result);
+  const bool known = device || later.saved.defined();
+  const double denominator = known ? 1 : scan_labels(kernels(), in, config, result);
   if (device && in.logits.dim() > static_cast<int64_t>(kMaxDeviceDims) + 1) {
     // The gradient of a view may be laid out in another way than the view.
     const Tensor grad = later.grad.defined() ? later.grad : at::empty_like(in.logits, options.device(at::kMeta));
@@ -408,6 +411,9 @@ Result compute(const Tensor& logits_in, const Tensor& y_in, const Tensor& weight
     if (in.logits.dim() > 1) shape.insert(shape.end(), y_in.sizes().begin(), y_in.sizes().end());
     result.stats = at::empty(shape, options);
   }
+
+  if (!device) result.saved = later.saved;
+  if (!device && wanted.saved) result.saved = at::empty({kSavedFields, in.y.numel()}, options);
 
   const Layout layout(in.logits, result.grad);
   TORCH_CHECK(!device || layout.sizes.size() <= kMaxDeviceDims, "a layout of ", layout.sizes.size(), " dimensions");

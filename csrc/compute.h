@@ -31,7 +31,8 @@ struct Wanted {
 struct Result {
   at::Tensor loss, grad, tau_grad, stats;
   double grad_scale = 1;  // on the CPU: 1 / denominator of the mean
-  at::Tensor denominator, saved;  // on a device: denominator of the mean, statistics
+  at::Tensor denominator;  // on a device: of the mean
+  at::Tensor saved;  // for `Later`
 };
 
 // For a gradient after the loss: what an earlier run left, and the upstream gradient.

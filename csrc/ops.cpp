@@ -35,11 +35,21 @@ Tensor reference_loss(const Tensor& logits, const Tensor& y, const Tensor& weigh
                  static_cast<int64_t>(config.reduction), config.label_smoothing, config.soft);
 }
 
-// Half precision has too little range to hold a gradient before it is scaled (by a loss scale of 2^16, say), so
-// its gradient is computed when the scale is known. On a device the same holds for losses per row: their upstream
-// gradients are rarely all 1, and a gradient computed too early is computed twice.
+constexpr int64_t kCheapElements = 16384;  // a pass over so many takes less than the call around it
+
+// Half precision has too little range to hold the gradient of a mean before it is scaled (by a loss scale of 2^16, say), so
+// it is computed when the scale is known; but not where computing it twice costs next to nothing. On a device the same
+// holds for any half precision, and for losses per row: their upstream gradients are rarely all 1, and a gradient
+// computed too early is computed twice.
 bool gradient_waits(const Tensor& logits, const Config& config) {
-  return logits.scalar_type() == at::kHalf || (on_device(logits) && config.reduction == Reduction::none);
+  const bool half = logits.scalar_type() == at::kHalf;
+  if (on_device(logits)) return half || config.reduction == Reduction::none;
+  return half && config.reduction == Reduction::mean && logits.numel() > kCheapElements;
+}
+
+// Whether a gradient may have to be computed later: one that was rounded to half precision is not scaled.
+bool saves(const Tensor& logits, const Config& config) {
+  return on_device(logits) ? gradient_waits(logits, config) : logits.scalar_type() == at::kHalf;
 }
 
 // All upstream gradients are one value: reduced losses, and expanded scalars from a later sum or mean.
@@ -199,7 +209,7 @@ std::tuple<Tensor, Tensor> softmax_loss(const Tensor& logits, const Tensor& y, c
 
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   const bool waits = gradient_waits(logits, config);
-  const Wanted wanted{true, for_logits && !waits, for_tau, return_stats, for_logits && waits};
+  const Wanted wanted{true, for_logits && !waits, for_tau, return_stats, for_logits && saves(logits, config)};
   Result result = compute(logits, y, weight, tau, config, wanted);
   if (for_logits || for_tau) {
     auto node = make_node<SoftmaxLossBackward>();

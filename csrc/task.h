@@ -19,6 +19,11 @@ struct RowLayout {
   int64_t logits_class_stride, grad_class_stride;
 };
 
+// What a run of the loss alone can leave for the gradient, so that one pass over the logits writes it: the numbers of
+// SavedBlock (csrc/cpu/call.h) for an upstream gradient of 1, field by field: acc (fields, rows). Where the gradient is
+// r_k (a + b r_k) the first few are enough.
+constexpr int64_t kSavedFields = 8, kFewSavedFields = 4;
+
 // One call. "acc" below is double for float64 logits, else float. Pointers marked "may be null" are optional.
 struct Task {
   DType dtype;
@@ -46,6 +51,14 @@ struct Task {
   void* distance_out;          // acc (rows,), may be null
   void* margin_out;            // acc (rows,), may be null
   void* tau_grad;              // acc (rows,), may be null: the derivative of the row's loss by tau
+
+  // On the CPU: written, or with `from_saved` read by a run that writes the gradient and nothing else. May be null.
+  void* saved;
+  bool from_saved;
 };
+
+inline int64_t saved_fields(const Task& t) {
+  return t.soft || t.smoothing > 0 || needs_moments(t.distance) ? kSavedFields : kFewSavedFields;
+}
 
 }  // namespace drsl

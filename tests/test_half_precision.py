@@ -16,16 +16,23 @@ from drsl_kernels import fused_drsl_loss
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("factor", [1.0, 1 / 3, 1000.0])
-def test_half_precision_gradient_is_rounded_once(factor: float, dtype: str, backend: str) -> None:
+@pytest.mark.parametrize(("reduction", "rows"), [("sum", 64), ("mean", 400)])
+def test_half_precision_gradient_is_rounded_once(
+    reduction: str, rows: int, factor: float, dtype: str, backend: str
+) -> None:
     if backend == "triton" and dtype == "bfloat16":
         pytest.skip("Triton's interpreter truncates where the hardware rounds")
-    z = leaf(dtype, rows=64, classes=50)
-    (fused_drsl_loss(z, labels(64, 50), 0.5, reduction="sum", backend=backend) * factor).backward()
-    want = true_gradient(z.detach(), reduction="sum", upstream=torch.tensor(factor, dtype=torch.float64))
+    z = leaf(dtype, rows=rows, classes=50)
+    loss = fused_drsl_loss(z, labels(rows, 50), 0.5, reduction=reduction, backend=backend) * factor
+    loss.backward(retain_graph=True)
+    want = true_gradient(z.detach(), reduction=reduction, upstream=torch.tensor(factor, dtype=torch.float64))
     assert z.grad is not None
     # Where float32 arithmetic falls on the other side of a rounding boundary the last bit differs: seldom.
     assert (z.grad != want).double().mean() < 1e-3
-    torch.testing.assert_close(z.grad, want, rtol=torch.finfo(z.dtype).eps, atol=0)
+    once = torch.finfo(z.dtype)
+    torch.testing.assert_close(z.grad, want, rtol=once.eps, atol=once.smallest_normal * once.eps)
+    (again,) = torch.autograd.grad(loss, z)
+    assert torch.equal(again, z.grad)
 
 
 @pytest.mark.parametrize("bits", [0x7F800001, 0x7FFFFFFF, 0x7FC00000])

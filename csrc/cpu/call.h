@@ -132,6 +132,12 @@ DRSL_FN void write_rows(void* rows, int64_t first, int64_t n, Vec<S> x) {
   if (rows) store_first(static_cast<S*>(rows) + first, x, n);
 }
 
+template <class S>
+DRSL_FN Vec<S> upstream_of(const CallInfo<S>& call, int64_t first, int64_t n) {
+  if (!call.upstream) return Vec<S>(S(1));
+  return call.task.upstream_stride ? read_rows<S>(call.upstream, first, n) : Vec<S>(*call.upstream);
+}
+
 // The labels of rows first .. first + n - 1, one per lane; lanes that hold no row that counts have label 0.
 template <class S>
 struct BlockLabels {
@@ -190,6 +196,34 @@ DRSL_FN WeightedShare<S> weighted_share(Vec<S> u, Vec<S> v, Vec<S> max, bool sof
   return {soft ? u : select(present, u, zero), select(present, u * (max - v), masked)};
 }
 
+// `saved` of a task, for rows first .. first + n - 1.
+template <class S, class Visit>
+DRSL_FN void visit_saved(const Task& t, int64_t first, BlockGrad<S>& block, Vec<S>& shift, Visit visit) {
+  Vec<S>* const fields[] = {&shift,   &block.a,      &block.b,   &block.label,
+                            &block.c, &block.offset, &block.max, &block.smooth};
+  for (int64_t i = 0; i < saved_fields(t); ++i) visit(static_cast<S*>(t.saved) + i * t.rows + first, *fields[i]);
+}
+
+template <class S>
+struct SavedBlock {
+  BlockGrad<S> grad;
+  Vec<S> shift;
+};
+
+// As they were saved, times the upstream gradient.
+template <class S>
+DRSL_PASS SavedBlock<S> load_saved(const CallInfo<S>& call, int64_t first, int64_t n) {
+  const Task& t = call.task;
+  const Vec<S> zero(S(0));
+  SavedBlock<S> saved{{zero, zero, zero, zero, zero, zero, zero}, zero};
+  BlockGrad<S>& block = saved.grad;
+  visit_saved(t, first, block, saved.shift, [&](const S* field, Vec<S>& x) { x = load_first(field, n); });
+  const Vec<S> scale = upstream_of(call, first, n);
+  Vec<S>* const scaled[] = {&block.a, &block.b, &block.label, &block.c, &block.offset, &block.smooth};
+  for (Vec<S>* x : scaled) *x = *x * scale;
+  return saved;
+}
+
 // Losses, outputs and gradient coefficients of rows first .. first + n - 1. Lanes of ignored rows give zeros.
 // rest_weight and rest_depth are U and M - nu; where the call has no class weights they are n and h.
 template <class S>
@@ -212,22 +246,24 @@ DRSL_PASS BlockGrad<S> finish_block(const CallInfo<S>& call, int64_t first, int6
   write_rows(t.margin_out, first, n, select(valid, row.margin, zero));
   write_rows(t.tau_grad, first, n, select(valid, row.tau_slope, zero));
 
-  Vec<S> scale(S(t.grad_scale));
-  if (call.upstream) {
-    scale = scale * (t.upstream_stride ? read_rows<S>(call.upstream, first, n) : Vec<S>(*call.upstream));
-  }
+  const Vec<S> scale = Vec<S>(S(t.grad_scale)) * upstream_of(call, first, n);
   const Vec<S> per_sum = one / select(stats.sum_exp == zero, one, stats.sum_exp);
   // Where c is 0 the moments do not count, even if they overflowed.
   const Mask<S> flat = row.c == zero;
   const Vec<S> smooth = row.smooth * scale;
   const Vec<S> d = (call.class_weights ? row.d : row.d + row.smooth) * scale;  // without class weights u_k = 1
-  return {row.a * scale * per_sum,
-          row.b * scale * per_sum * per_sum,
-          row.c * scale,
-          select(flat, zero, row.c * scale * stats.depth) - d,
-          select(flat, zero, stats.max),
-          smooth,
-          row.label * scale};
+  BlockGrad<S> block{row.a * scale * per_sum,
+                     row.b * scale * per_sum * per_sum,
+                     row.c * scale,
+                     select(flat, zero, row.c * scale * stats.depth) - d,
+                     select(flat, zero, stats.max),
+                     smooth,
+                     row.label * scale};
+  if (t.saved && !t.from_saved) {
+    Vec<S> shift = select(stats.max == -infinity<Vec<S>>(), zero, stats.max);
+    visit_saved(t, first, block, shift, [&](S* field, Vec<S> x) { store_first(field, x, n); });
+  }
+  return block;
 }
 
 }  // namespace DRSL_ISA

@@ -4,6 +4,8 @@
 #include "row_kernel.h"
 #include "tile_kernel.h"
 
+#include <type_traits>
+
 #define DRSL_QUOTE(x) #x
 #define DRSL_NAME(x) DRSL_QUOTE(x)
 
@@ -33,9 +35,29 @@ int64_t scratch_bytes(const Task& t) {
   return t.dtype == DType::float32 ? scratch_bytes_of<float>(t) : scratch_bytes_of<BFloat16>(t);
 }
 
+// The gradient alone, from what an earlier run saved.
+template <class Terms, class D>
+void run_from_saved(const Task& t, int64_t begin, int64_t end, void* scratch) {
+  using S = Accumulator<D>;
+  constexpr int64_t kLanes = Vec<S>::kLanes;
+  const Call<D> call(t);
+  const bool tiles = use_tiles<D>(t);
+  for (int64_t row = begin; row < end; row += kLanes) {
+    const int64_t n = end - row < kLanes ? end - row : kLanes;
+    if (tiles) tile_block_from_saved<Terms>(call, row, n, static_cast<S*>(scratch));
+    else row_block_from_saved<Terms>(call, row, n);
+  }
+}
+
 template <class Terms, bool kGrad, class D>
 double run_terms(const Task& t, int64_t begin, int64_t end, void* scratch) {
   using S = Accumulator<D>;
+  if constexpr (kGrad && std::is_same_v<D, Half>) {  // nothing else is saved for
+    if (t.from_saved) {
+      run_from_saved<Terms, D>(t, begin, end, scratch);
+      return 0;
+    }
+  }
   const Call<D> call(t);
   LossSum<S> sum;
   S* const workspace = static_cast<S*>(scratch);

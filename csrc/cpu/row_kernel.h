@@ -124,11 +124,13 @@ DRSL_PASS SumParts<S> sum_chunk(const Chunk<S>& chunk, S shift_of_row, S mean_of
   return {exps.sum(), exps2.sum(), steps.sum(), squares.sum()};
 }
 
-// Pass 3. `fall` takes the exponentials from the chunk's maximum to the row's. The label's element is for the caller.
-template <class Terms, class D, class S = Accumulator<D>>
-DRSL_PASS void write_gradient(const D* z, const S* u, D* grad, int64_t n, const S* exps, const BlockGrad<S>& block,
-                              int lane, S fall, bool soft) {
+// Pass 3. `fall` takes the exponentials from the chunk's maximum to the row's. Without kExps they are not in memory, but
+// computed, of the fall from `shift`. The label's element is for the caller.
+template <class Terms, bool kExps, class D, class S = Accumulator<D>>
+DRSL_PASS void write_gradient(const D* z, const S* u, D* grad, int64_t n, const S* exps, S shift_of_row,
+                              const BlockGrad<S>& block, int lane, S fall, bool soft) {
   constexpr int64_t kLanes = Vec<S>::kLanes;
+  const Vec<S> shift(shift_of_row);
   const auto row = [&](S x) { return quiet(Vec<S>(x)); };
   const Vec<S> a = row(block.a.v[lane] * fall), b = row(block.b.v[lane] * fall * fall), c = row(block.c.v[lane]);
   const Vec<S> offset = row(block.offset.v[lane]), max = row(block.max.v[lane]), smooth = row(block.smooth.v[lane]);
@@ -147,13 +149,17 @@ DRSL_PASS void write_gradient(const D* z, const S* u, D* grad, int64_t n, const 
     return g;
   };
   const auto whole = [&](int64_t k) {
-    const Vec<S> e = load(exps + k);
+    Vec<S> e;
+    if constexpr (kExps) e = load(exps + k);
+    else e = exp_of_fall(load(z + k) - shift);
     if constexpr (Terms::kWeightedMean) return gradient(e, load(z + k), quiet(load(u + k)));
     else if constexpr (Terms::kMoments) return gradient(e, load(z + k), e);
     else return gradient(e, e, e);
   };
   const auto part = [&](int64_t k, int64_t count) {
-    const Vec<S> e = load_first(exps + k, count);
+    Vec<S> e;
+    if constexpr (kExps) e = load_first(exps + k, count);
+    else e = exp_of_fall(load_first(z + k, count) - shift);
     Vec<S> v = e, weight = e;
     if constexpr (Terms::kMoments) v = load_first(z + k, count);
     if constexpr (Terms::kWeightedMean) weight = load_first(u + k, count);
@@ -372,9 +378,30 @@ DRSL_FN void row_block(const Call<D>& call, int64_t first, int64_t n, S* scratch
       if (t.classes > kChunkElements) {
         fall = exp_(-drop(load(static_cast<const S*>(chunk_max) + at / kChunkElements * kLanes), stats.max)).v[i];
       }
-      write_gradient<Terms>(z + at, u ? u + at : u, grad + at, width_at(at), block.exps(i, at), grads, i, fall, t.soft);
+      write_gradient<Terms, true>(z + at, u ? u + at : u, grad + at, width_at(at), block.exps(i, at), S(0), grads, i,
+                                  fall, t.soft);
     }
     store_one(grad + t.labels[first + i], grads.label.v[i]);
+  }
+}
+
+// The gradient of rows first .. first + n - 1, n <= kLanes, from what an earlier run saved.
+template <class Terms, class D, class S = Accumulator<D>>
+DRSL_FN void row_block_from_saved(const Call<D>& call, int64_t first, int64_t n) {
+  const Task& t = call.task;
+  int64_t offsets[Vec<S>::kLanes], grad_offsets[Vec<S>::kLanes];
+  row_offsets(t.layout, first, n, offsets, grad_offsets);
+  const SavedBlock<S> saved = load_saved<S>(call, first, n);
+  for (int i = 0; i < n; ++i) {
+    D* const grad = call.grad + grad_offsets[i];
+    if (call.ignored(first + i)) {
+      memset(static_cast<void*>(grad), 0, t.classes * sizeof(D));
+      continue;
+    }
+    const S* const u = Terms::kWeightedMean ? call.weights_of_row(first + i) : nullptr;
+    write_gradient<Terms, false>(call.logits + offsets[i], u, grad, t.classes, static_cast<const S*>(nullptr),
+                                 saved.shift.v[i], saved.grad, i, S(1), t.soft);
+    store_one(grad + t.labels[first + i], saved.grad.label.v[i]);
   }
 }
 

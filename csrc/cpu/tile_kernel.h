@@ -289,38 +289,88 @@ DRSL_FN int64_t tile_scratch_elements(const Task& t) {
   return (t.soft ? 3 : 2) * t.classes * Vec<S>::kLanes + t.classes;
 }
 
-// Rows first .. first + n - 1, n <= kLanes. Scratch holds a tile of class probabilities, where the call is soft, one of
-// logits, one of exponentials, and a spare row.
+// Rows first .. first + n - 1, n <= kLanes, where they lie, and what scratch holds: a tile of class probabilities, where
+// the call is soft, one of logits, one of exponentials, and a spare row.
+template <class Terms, class D, class S = Accumulator<D>>
+class Tile {
+  static constexpr int kLanes = Vec<S>::kLanes;
+
+ public:
+  DRSL_FN Tile(const Call<D>& call, int64_t first, int64_t n, S* scratch)
+      : call_(call), first_(first), n_(n), weights_(scratch) {
+    const Task& t = call.task;
+    logits_ = weights_ + (t.soft ? t.classes * kLanes : 0);
+    exps_ = logits_ + t.classes * kLanes;
+    row_offsets(t.layout, first, n, offsets_, grad_offsets_);
+    if constexpr (Terms::kWeightedMean) {
+      if (t.soft) read_weights();
+    }
+    labels_ = block_labels<S>(call, first, n);
+    lines_ = tile_lines(call, n, offsets_, grad_offsets_);
+  }
+
+  // Passes 1 and 2.
+  template <bool kGrad>
+  DRSL_FN BlockGrad<S> finish(LossSum<S>& sum) {
+    const TileTop<S> top = take_tile<kGrad>(call_, offsets_, n_, labels_, logits_, lines_);
+    return finish_tile<Terms, kGrad, S>(call_, first_, n_, labels_, top, logits_, exps_, weights_, lines_, sum);
+  }
+
+  // In place of both, where an earlier run saved what they find.
+  DRSL_FN BlockGrad<S> from_saved() {
+    const Task& t = call_.task;
+    const SavedBlock<S> saved = load_saved<S>(call_, first_, n_);
+    const char* line = lines_.next;
+    read_tile(call_.logits, offsets_, n_, t.classes, t.layout.logits_class_stride, logits_, [&](int64_t c, Vec<S> v) {
+      prefetch(line);
+      line += lines_.next_step;
+      if constexpr (Terms::kMoments) store(logits_ + c * kLanes, v);
+      store(exps_ + c * kLanes, exp_of_fall(v - saved.shift));
+    });
+    return saved.grad;
+  }
+
+  // Pass 3.
+  DRSL_FN void write(const BlockGrad<S>& block) {
+    const Task& t = call_.task;
+    if constexpr (kQuadClasses<D> > 0) {
+      if (quads_fit<D>(t.classes, t.layout.grad_class_stride)) {
+        D* const spare = reinterpret_cast<D*>(exps_ + t.classes * kLanes);
+        const BlockGrad<S> numbers = sizeof(D) == 2 ? quiet(block) : block;
+        return write_gradient_quads<Terms>(call_, grad_offsets_, n_, labels_, numbers, logits_, exps_, weights_, spare);
+      }
+    }
+    write_tile_gradient<Terms>(call_, grad_offsets_, n_, labels_, block, logits_, exps_, weights_);
+  }
+
+ private:
+  DRSL_FN void read_weights() {
+    const int64_t classes = call_.task.classes;
+    int64_t rows[kLanes];
+    for (int i = 0; i < n_; ++i) rows[i] = i * classes;
+    read_tile(call_.weights_of_row(first_), rows, n_, classes, 1, weights_,
+              [&](int64_t c, Vec<S> u) { store(weights_ + c * kLanes, quiet(u)); });
+  }
+
+  const Call<D>& call_;
+  const int64_t first_, n_;
+  S *const weights_, *logits_, *exps_;
+  int64_t offsets_[kLanes], grad_offsets_[kLanes];
+  BlockLabels<S> labels_;
+  TileLines lines_;
+};
+
 template <class Terms, bool kGrad, class D, class S = Accumulator<D>>
 DRSL_FN void tile_block(const Call<D>& call, int64_t first, int64_t n, S* scratch, LossSum<S>& sum) {
-  constexpr int kLanes = Vec<S>::kLanes;
-  const Task& t = call.task;
-  S *const weights = scratch, *const logits = weights + (t.soft ? t.classes * kLanes : 0);
-  S* const exps = logits + t.classes * kLanes;
-  int64_t offsets[kLanes], grad_offsets[kLanes];
-  row_offsets(t.layout, first, n, offsets, grad_offsets);
-  if constexpr (Terms::kWeightedMean) {
-    if (t.soft) {
-      int64_t rows[kLanes];
-      for (int i = 0; i < n; ++i) rows[i] = i * t.classes;
-      read_tile(call.weights_of_row(first), rows, n, t.classes, 1, weights,
-                [&](int64_t c, Vec<S> u) { store(weights + c * kLanes, quiet(u)); });
-    }
-  }
-  const BlockLabels<S> labels = block_labels<S>(call, first, n);
-  const TileLines lines = tile_lines(call, n, offsets, grad_offsets);
-  const TileTop<S> top = take_tile<kGrad>(call, offsets, n, labels, logits, lines);
-  const BlockGrad<S> block =
-      finish_tile<Terms, kGrad, S>(call, first, n, labels, top, logits, exps, weights, lines, sum);
-  if constexpr (!kGrad) return;
-  if constexpr (kQuadClasses<D> > 0) {
-    if (quads_fit<D>(t.classes, t.layout.grad_class_stride)) {
-      D* const spare = reinterpret_cast<D*>(exps + t.classes * kLanes);
-      const BlockGrad<S> numbers = sizeof(D) == 2 ? quiet(block) : block;
-      return write_gradient_quads<Terms>(call, grad_offsets, n, labels, numbers, logits, exps, weights, spare);
-    }
-  }
-  write_tile_gradient<Terms>(call, grad_offsets, n, labels, block, logits, exps, weights);
+  Tile<Terms, D> tile(call, first, n, scratch);
+  const BlockGrad<S> block = tile.template finish<kGrad>(sum);
+  if constexpr (kGrad) tile.write(block);
+}
+
+template <class Terms, class D, class S = Accumulator<D>>
+DRSL_FN void tile_block_from_saved(const Call<D>& call, int64_t first, int64_t n, S* scratch) {
+  Tile<Terms, D> tile(call, first, n, scratch);
+  tile.write(tile.from_saved());
 }
 
 }  // namespace DRSL_ISA

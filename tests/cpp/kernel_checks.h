@@ -43,12 +43,16 @@ inline void name_problem_on_fault() {
 #endif
 }
 
+inline bool is_untouched(const void* data, int64_t bytes) {
+  const unsigned char* const p = static_cast<const unsigned char*>(data);
+  return std::all_of(p, p + bytes, [](int byte) { return byte == kUntouched; });
+}
+
 // Outputs of rows outside [begin, end), and memory between the gradients of rows, are as they were before.
 inline void check_untouched(const Problem& p, int64_t begin, int64_t end) {
   const drsl::Task& t = p.task;
   const auto untouched = [](const void* data, int64_t size, int64_t i) {
-    const unsigned char* const bytes = static_cast<const unsigned char*>(data) + i * size;
-    return std::all_of(bytes, bytes + size, [](int byte) { return byte == kUntouched; });
+    return is_untouched(static_cast<const char*>(data) + i * size, size);
   };
   for (const void* out : {t.loss, t.cross_entropy, t.distance_out, t.margin_out, t.tau_grad}) {
     if (!out) continue;

@@ -18,6 +18,34 @@ double run(const Kernels& kernels, const Problem& p, int64_t begin, int64_t end)
   return sum;
 }
 
+// The gradient in a run of its own, from what one of the loss saved, or one of loss and gradient.
+void check_later_gradient(const Kernels& kernels, Problem& p, const std::vector<ExpectedRow>& want) {
+  const Task before = p.task;
+  for (void* const grad : {static_cast<void*>(nullptr), before.grad}) {
+    Buffer saved(saved_fields(before) * before.rows * size_of(p.acc), grad ? Place::before_guard : Place::after_guard,
+                 size_of(p.acc));
+    saved.fill(kUntouched);
+    p.task.saved = saved.as<void>();
+    p.task.grad = grad;
+    p.task.upstream = nullptr;
+    run(kernels, p, 0, before.rows);
+
+    p.clear_outputs();
+    p.task = before;
+    p.task.saved = saved.as<void>();
+    p.task.from_saved = true;
+    const int64_t cut = before.rows > 16 ? 16 : 0;
+    run(kernels, p, 0, cut);
+    run(kernels, p, cut, before.rows);
+    p.task = before;
+    for (int64_t row = 0; row < before.rows; ++row) check_gradient(p, row, want[size_t(row)]);
+    for (const void* out :
+         {before.loss, before.cross_entropy, before.distance_out, before.margin_out, before.tau_grad}) {
+      CHECK(!out || is_untouched(out, before.rows * size_of(p.acc)), "more than the gradient; %s", running);
+    }
+  }
+}
+
 // The whole task at once, then again in pieces: the same bits.
 void check_problem(const Kernels& kernels, check::Random& random, const Choice& choice, Kind kind, int64_t rows,
                    int64_t classes) {
@@ -29,8 +57,9 @@ void check_problem(const Kernels& kernels, check::Random& random, const Choice& 
   const double sum = run(kernels, p, 0, rows);
   check_untouched(p, 0, rows);
   double want_sum = 0, sum_slack = 0;
+  std::vector<ExpectedRow> expected;
   for (int64_t row = 0; row < rows; ++row) {
-    const ExpectedRow want = expected_row(p, row);
+    const ExpectedRow& want = expected.emplace_back(expected_row(p, row));
     check_values(p, row, want);
     check_gradient(p, row, want);
     want_sum += want.counts && want.any_nan ? NAN : want.loss.value;
@@ -48,6 +77,7 @@ void check_problem(const Kernels& kernels, check::Random& random, const Choice& 
     CHECK(p.output_bytes() == whole, "cut at row %d: other bits; %s", int(cut), running);
     CHECK(check::close(pieces, sum, 1e-12 * double(rows) * std::fabs(sum) + 1e-12), "sum of the pieces; %s", running);
   }
+  if (p.task.dtype == DType::float16 && p.task.grad) check_later_gradient(kernels, p, expected);
   CHECK(p.inputs_unchanged(), "an input was written; %s", running);
 }
 
