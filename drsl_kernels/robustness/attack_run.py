@@ -26,7 +26,7 @@ from .attack_table import AttackOutcome, AttackTable, run_attack
 from .checkpoint import LoadedModel, load_model
 from .data import Part, load
 from .evaluate import Search
-from .experiment import environment
+from .identity import digest_of_file, digest_of_tensors, environment
 from .losses import TrainingLoss
 from .masking import Check
 
@@ -116,7 +116,7 @@ class Progress(Protocol):
 
 def load_subject(path: Path, device: str) -> Subject:
     """Raises what `checkpoint.load_model` does."""
-    return Subject(path, hashlib.sha256(path.read_bytes()).hexdigest(), load_model(path, device=device))
+    return Subject(path, digest_of_file(path), load_model(path, device=device))
 
 
 def attack_checkpoint(
@@ -152,7 +152,7 @@ def attack_checkpoint(
         "revision": _REVISION,
         "environment": environment(),
         "checkpoint": subject.digest,
-        "images": _digest_of(x, y),
+        "images": digest_of_tensors(x, y),
         "batch_size": settings.batch_size,
         "seed": settings.seed,
         "device": settings.device,
@@ -259,11 +259,3 @@ def _seed(seed: int, asked: dict[str, Any]) -> int:
     """A seed for each attack and radius, so that none depends on which ran before it."""
     digest = hashlib.sha256(json.dumps([seed, asked], sort_keys=True).encode()).digest()
     return int.from_bytes(digest[:7], "big")
-
-
-def _digest_of(*tensors: Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()

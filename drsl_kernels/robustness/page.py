@@ -12,7 +12,8 @@ from html import escape
 from pathlib import Path
 from typing import Final
 
-from .experiment import Comparison, environment
+from .experiment import Comparison
+from .identity import environment
 from .inside_pictures import attack_correlation
 from .losses import BASELINE, TrainingLoss
 from .pictures import PICTURES
@@ -62,7 +63,7 @@ def write_pages(comparison: Comparison, folder: Path) -> None:
 def _page(comparison: Comparison) -> _Page:
     losses = comparison.losses
     columns = [accuracies(comparison.of(loss)) for loss in losses]
-    names = ["clean", *(f"robust, eps {eps:.4g}" for eps in comparison.settings.epsilons)]
+    names = ["clean", *(f"robust, eps {eps:.4g}" for eps in comparison.settings.judging.epsilons)]
     rows = [
         [name, *(value.percent() for value in values)]
         for name, values in zip(names, zip(*columns, strict=True), strict=True)
@@ -94,8 +95,9 @@ def _sober(comparison: Comparison) -> Iterator[str]:
     if len(comparison.seeds) < 3:
         yield f"{len(comparison.seeds)} seed(s) say little about the spread between trainings: use 3 or more."
     if min(run.robust_accuracy[-1] for run in comparison.runs) > 0.2:
+        largest = comparison.settings.judging.epsilons[-1]
         yield (
-            f"No model falls below 20 % at the largest eps, {comparison.settings.epsilons[-1]:g}: to see that the "
+            f"No model falls below 20 % at the largest eps, {largest:g}: to see that the "
             "attack works, a larger eps should be among those tried, where nothing can survive."
         )
 
@@ -104,7 +106,7 @@ def _against(comparison: Comparison, loss: TrainingLoss, baseline: TrainingLoss)
     ours, theirs = (accuracies(comparison.of(some)) for some in (loss, baseline))
     no_gain = [
         f"{eps:.4g}"
-        for eps, a, b in zip(comparison.settings.epsilons, ours[1:], theirs[1:], strict=True)
+        for eps, a, b in zip(comparison.settings.judging.epsilons, ours[1:], theirs[1:], strict=True)
         if a.mean - b.mean <= _spread(a) + _spread(b)
     ]
     if no_gain:
