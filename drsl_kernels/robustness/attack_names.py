@@ -1,6 +1,6 @@
 """Attacks by name, as the command line knows them: `pgd:margin`, `square`, `transfer:ce`.
 
-Relies on the attacks themselves; `attack_run` and `attack_command` rely on it.
+Relies on the attacks themselves; `attack_run`, `judging` and the commands rely on it.
 """
 
 from __future__ import annotations

@@ -242,11 +242,9 @@ def _checks(
 
     look: dict[str, Any] = {"batch_size": settings.batch_size}
     generator = torch.Generator(device=settings.device).manual_seed(settings.seed)
-    falls = partial(masking.falls_with_eps, model, few, labels, norm=norm, generator=generator, **look)
-    keep("gradients", partial(masking.gradients_vanish, model, few, labels, **look))
-    keep("saturation", partial(masking.softmax_saturates, model, few, labels, **look))
-    keep("randomness", partial(masking.outputs_vary, model, few, **look))
-    keep("large eps", falls)
+    of_model = masking.checks_of_model(model, few, labels, norm=norm, generator=generator, **look)
+    for name, make in of_model.items():
+        keep(name, make)
     found.append(masking.never_rises(table))
     for eps in settings.epsilons:
         found.append(masking.black_box_beats_white_box(table, eps))

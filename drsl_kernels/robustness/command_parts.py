@@ -1,6 +1,6 @@
 """What commands share: checks of a device and a folder, memory, what makes runs repeatable, progress bars.
 
-`commands` and the commands in files of their own rely on it.
+The commands rely on it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-__all__ = ["ProgressBars", "check_device", "keep_freed_memory", "prepare_folder", "reproducible"]
+__all__ = ["ProgressBars", "check_device", "fix_cublas", "keep_freed_memory", "prepare_folder", "reproducible"]
 
 # Of glibc's malloc.h, with the largest values that its releases take.
 _TRIM_THRESHOLD: Final = (-1, (2**31 - 1,))
@@ -47,6 +47,12 @@ def check_device(device: str) -> None:
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise click.BadParameter(f"cannot use {device!r} here: {reason}", param_hint="--device") from error
+
+
+def fix_cublas(device: str) -> None:
+    """On a GPU let products be summed in one order; this is read when a GPU is first used."""
+    if device.startswith("cuda"):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def prepare_folder(folder: Path, files: Sequence[Path]) -> None:

@@ -24,16 +24,17 @@ from .attack_options import (
     steps_option,
     targets_option,
 )
-from .command_parts import ProgressBars, check_device, keep_freed_memory, prepare_folder, reproducible
+from .command_parts import ProgressBars, check_device, fix_cublas, keep_freed_memory, prepare_folder, reproducible
 from .data import PARTS, Part, dataset_info
-from .engine import FILES
+from .engine import BEST, FILES
 from .experiment import Settings, compare, run_folder
 from .judging import JUDGED, Judging
 from .losses import ALL_LOSSES, BASELINE, DEFAULT_TAUS, SMOOTHED, TRUTHS, TrainingLoss
 from .options import Distance, Folder, Names, Radii, Tau
 from .page import PAGES, write_pages
 from .pictures import PICTURES, draw_pictures
-from .report import RESULTS, explanation, results_tables, write_results
+from .report import RESULTS, explanation, finding_lines, results_tables, write_results
+from .run_checks import CHECKS
 from .settings import TrainingSettings
 from .training_options import (
     adversarial_option,
@@ -144,6 +145,13 @@ _DEFAULT_TAUS: Final = "; ".join(
 )
 @click.option("--test-images", type=click.IntRange(min=1), help="Judge with only the first so many images.")
 @click.option(
+    "--check-images",
+    type=click.IntRange(min=0),
+    default=256,
+    show_default=True,
+    help="Images that the masking checks look at; 0 for no checks.",
+)
+@click.option(
     "--samples",
     type=click.IntRange(min=1),
     help="Both --train-images and --test-images, where they are not given. For a quick try.",
@@ -172,10 +180,12 @@ def compare_command(
 
     Without options, small networks are trained on scikit-learn's handwritten digits (8x8 pixels, nothing is
     downloaded) and judged with the 500 test images: as they are, and after attacks that change every pixel by at
-    most eps to make the network fail. What remains correct is the robust accuracy. Each run is one of drsl train,
-    the best epoch chosen on images held out of the training set. Prints a table and writes a report (report.html
-    and report.md, with pictures) and the numbers (results.json and results.csv) to the folder --out; each run has a
-    folder in runs/, with its checkpoints. If it is interrupted, even by kill -9, the same command goes on.
+    most eps to make the network fail. What remains correct is the robust accuracy; masking checks look for signs
+    that it is too high. Prints a table and writes a report (report.html and report.md, with pictures) and the
+    numbers (results.json and results.csv) to the folder --out.
+
+    Each run is one of drsl train, in a folder of its own in runs/ with its checkpoints; the best epoch is chosen on
+    images held out of the training set. If it is interrupted, even by kill -9, the same command goes on.
 
     Other data sets, networks and their defaults are those of drsl train; see drsl train --help.
 
@@ -199,6 +209,7 @@ def compare_command(
     keep_freed_memory()
     contestants = _contestants(losses, taus)
     settings = _settings(options)
+    fix_cublas(settings.training.device)
     check_device(settings.training.device)
     all_seeds = range(seed, seed + seeds)
     _prepare(out, [run_folder(out, loss, seed) for loss in contestants for seed in all_seeds])
@@ -215,6 +226,8 @@ def compare_command(
         console.print(f"Found finished in {out} and used again: {comparison.reused} of {len(comparison.runs)} runs.")
     for table in results_tables(comparison):
         console.print(table)
+    for line in finding_lines(comparison):
+        console.print(line, highlight=False)
     for what, meaning in explanation(comparison).items():
         console.print(f"{what}: {meaning}", highlight=False)
     console.print(f"Written to {out}: {', '.join(RESULTS)}, {', '.join(PICTURES)}, {', '.join(PAGES)}", soft_wrap=True)
@@ -253,7 +266,7 @@ def _settings(options: dict[str, Any]) -> Settings:
         held_out=cast(Part, options["held_out"]),
         images=options["test_images"] or options["samples"],
     )
-    return Settings(training, judging)
+    return Settings(training, judging, options["check_images"])
 
 
 def _training(given: dict[str, Any]) -> TrainingSettings:
@@ -275,5 +288,5 @@ def _training(given: dict[str, Any]) -> TrainingSettings:
 
 def _prepare(out: Path, runs: Sequence[Path]) -> None:
     """What is in the way is found before the work; folders of runs come with the runs."""
-    kept = [run / name for run in runs if run.exists() for name in (*FILES, JUDGED)]
+    kept = [run / name for run in runs if run.exists() for name in (*FILES, BEST, JUDGED, CHECKS)]
     prepare_folder(out, [out / "runs" / "any", *kept, *(out / name for name in (*RESULTS, *PICTURES, *PAGES))])

@@ -1,6 +1,6 @@
 """Robust accuracy: which samples survive every attack of a list, at several sizes of perturbation.
 
-Relies on `attacks` and `attack_kinds`; `experiment` and `attack_table` rely on it.
+Relies on `attacks` and `attack_kinds`; `judging` and `attack_table` rely on it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The comparison: train with each loss and seed, attack the result, keep what was found.
 
 `Settings` says all that decides the numbers, `compare` does the work, `Comparison` holds the outcome. Each run has a
-folder, as `drsl train` fills it, with what judging found beside the weights; whatever is finished there is used again
-when all that decides it is the same. Relies on `engine`, `judging`, `timing`, `data` and `models`; `report`, `pictures`
-and `commands` rely on it.
+folder, as `drsl train` fills it, with what judging and the masking checks found beside the weights; whatever is
+finished there is used again when all that decides it is the same. Relies on `engine`, `judging`, `run_checks`, `timing`
+and `data`; the reports, the pictures and `compare_command` rely on it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import engine
 from .checkpoint import load_model
@@ -23,7 +23,18 @@ from .data import dataset_info, load
 from .identity import digest_of_file, digest_of_tensors, environment, plain
 from .judging import JUDGED, Judging, RunResult, judge, load_result, save_result
 from .losses import TrainingLoss
+from .masking import Check
 from .models import make_model
+from .run_checks import (
+    CHECKS,
+    Finding,
+    check_model,
+    checks_of_cascade,
+    count_checks,
+    findings,
+    load_checks,
+    save_checks,
+)
 from .settings import TrainingSettings, default_settings, differences
 from .timing import EpochTime, Timed, plan_timing, time_epochs
 from .training_logs import EpochRow
@@ -32,6 +43,9 @@ __all__ = ["Comparison", "Progress", "Settings", "compare", "run_folder"]
 
 # Part of every judged run's identity. Raise it when a change to attacks or data changes the numbers.
 _REVISION: Final = 3
+
+# The same for the masking checks, whose numbers are kept apart.
+_CHECKS_REVISION: Final = 1
 
 # Of training that is killed, no more is lost than this.
 _CHECKPOINT_SECONDS: Final = 10.0
@@ -44,32 +58,53 @@ class Settings:
     Attributes:
         training: how every run is trained, and where it is computed; its loss and its seed are replaced.
         judging: the images to judge with, and the attacks.
+        check_images: how many of these the masking checks look at; 0 for no checks.
+
+    Raises:
+        ValueError: check_images below 0.
     """
 
     training: TrainingSettings = field(default_factory=lambda: default_settings("digits"))
     judging: Judging = field(default_factory=Judging)
+    check_images: int = 256
+
+    def __post_init__(self) -> None:
+        if self.check_images < 0:
+            raise ValueError(f"check_images must be 0 or more, got {self.check_images!r}")
 
     def of_run(self, loss: TrainingLoss, seed: int) -> TrainingSettings:
         return replace(self.training, loss=loss, seed=seed)
 
     def as_json(self) -> dict[str, Any]:
-        return {"training": _training_json(self.training, without=("loss", "seed")), **self.judging.as_json()}
+        training = _training_json(self.training, without=("loss", "seed"))
+        return {"training": training, **self.judging.as_json(), "check_images": self.check_images}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The outcome of `compare`: runs by loss, then seed; `reused` counts those that were found judged."""
+    """The outcome of `compare`: runs by loss, then seed, and the masking checks of each; `reused` counts the runs that
+    were found judged.
+    """
 
     settings: Settings
     losses: tuple[TrainingLoss, ...]
     seeds: tuple[int, ...]
     runs: tuple[RunResult, ...]
+    checks: tuple[tuple[Check, ...], ...]
     times: dict[TrainingLoss, EpochTime]
     timed: Timed
     reused: int
 
     def of(self, loss: TrainingLoss) -> list[RunResult]:
         return [run for run in self.runs if run.loss == loss]
+
+    def findings(self) -> list[Finding]:
+        """What the masking checks come to, loss by loss."""
+        found = []
+        for loss in self.losses:
+            pairs = zip(self.runs, self.checks, strict=True)
+            found += findings(loss, [checks for run, checks in pairs if run.loss == loss])
+        return found
 
     def accuracy_by_eps(self, run: RunResult) -> dict[float, float]:
         """A run's accuracies, ascending in eps; eps 0 is the clean one."""
@@ -122,7 +157,7 @@ def compare(
     x, y = (part[: settings.judging.images] for part in (split.held_out_x, split.held_out_y))
     images = digest_of_tensors(x, y)
     x, y = x.to(training.device), y.to(training.device)
-    runs = []
+    runs, checks = [], []
     reused = 0
     for loss in losses:
         for seed in seeds:
@@ -136,10 +171,11 @@ def compare(
             else:
                 reused += 1
             runs.append(result)
+            checks.append(tuple(run.check(result, x, y)))
             progress.end_run()
     progress.begin_timing()
     times, timed = _time(settings, losses, seeds[0], split.train_x, split.train_y)
-    return Comparison(settings, tuple(losses), tuple(seeds), tuple(runs), times, timed, reused)
+    return Comparison(settings, tuple(losses), tuple(seeds), tuple(runs), tuple(checks), times, timed, reused)
 
 
 def run_folder(folder: Path, loss: TrainingLoss, seed: int) -> Path:
@@ -162,7 +198,8 @@ class _Run:
         self.training = self.settings.of_run(self.loss, self.seed)
 
     def steps(self) -> int:
-        return self.training.recipe.epochs + self.settings.judging.starts()
+        checks = count_checks(self.settings.judging) if self.settings.check_images else 0
+        return self.training.recipe.epochs + self.settings.judging.starts() + checks
 
     def make_way(self, fresh: bool) -> None:
         """Empty the folder of a run that was made with other settings, or of any."""
@@ -175,7 +212,7 @@ class _Run:
                 return
             self.progress.note(f"{self.folder} was made with other settings and is made anew: {'; '.join(different)}")
         # The settings go last: if this is interrupted, the next attempt finds that they are others.
-        for name in (JUDGED, engine.LAST, engine.BEST, engine.METRICS, engine.SETTINGS):
+        for name in (CHECKS, JUDGED, engine.LAST, engine.BEST, engine.METRICS, engine.SETTINGS):
             (self.folder / name).unlink(missing_ok=True)
         shutil.rmtree(self.folder / engine.CURVES, ignore_errors=True)
 
@@ -196,7 +233,7 @@ class _Run:
             progress=_Epochs(self.progress),
         )
         result = judge(
-            load_model(self.folder / engine.BEST, device=self.training.device).model,
+            self._model(),
             x,
             y,
             self.settings.judging,
@@ -209,6 +246,25 @@ class _Run:
         )
         save_result(self.folder / JUDGED, self._identity(), result)
         return result
+
+    def check(self, result: RunResult, x: Tensor, y: Tensor) -> list[Check]:
+        """The masking checks, of the first images; of those that look at the model what was found before is used."""
+        judging, few = self.settings.judging, self.settings.check_images
+        if not few:
+            return []
+        identity = self._identity() | {"checks_revision": _CHECKS_REVISION, "check_images": few}
+        found = load_checks(self.folder / CHECKS, identity)
+        if found is None:
+            made = []
+            for check in check_model(self._model(), x[:few], y[:few], judging, seed=self.seed):
+                made.append(check)
+                self.progress.step(f"checking {check.name}")
+            found = tuple(made)
+            save_checks(self.folder / CHECKS, identity, found)
+        return [*found, *checks_of_cascade(result, judging)]
+
+    def _model(self) -> nn.Module:
+        return load_model(self.folder / engine.BEST, device=self.training.device).model
 
     def _identity(self) -> dict[str, Any]:
         """All that decides what judging finds, as JSON gives it back."""

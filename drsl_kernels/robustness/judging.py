@@ -70,13 +70,17 @@ class Judging:
         made.sort(key=lambda pair: pair[0].black_box)
         object.__setattr__(self, "attacks", tuple(name for _, name in made))
 
+    def made(self) -> list[AnyAttack]:
+        """The attacks, to be looked at and not to be run."""
+        return self.make_attacks(_unknown)
+
     def make_attacks(self, training_loss: Callable[[Tensor, Tensor], Tensor]) -> list[AnyAttack]:
         """The attacks, those without gradients last; `training_loss` is what the model was trained with."""
         return [make_attack(name, self.parameters, training_loss=training_loss) for name in self.attacks]
 
     def starts(self) -> int:
         """How many starts all attacks at all radii have."""
-        return len(self.epsilons) * sum(attack.restarts for attack in self.make_attacks(_unknown))
+        return len(self.epsilons) * sum(attack.restarts for attack in self.made())
 
     def histogram_eps(self) -> float:
         """The radius of the "after" histograms: the one nearest to 0.1."""
@@ -87,7 +91,7 @@ class Judging:
 
     def identity(self) -> dict[str, Any]:
         """What decides the numbers, besides the images themselves: numbers of attacks that are not run do not."""
-        attacks = [describe(attack) for attack in self.make_attacks(_unknown)]
+        attacks = [describe(attack) for attack in self.made()]
         return {"epsilons": list(self.epsilons), "attacks": attacks, "held_out": self.held_out}
 
 

@@ -14,16 +14,27 @@ from statistics import mean, stdev
 from typing import Any, Final
 
 from rich.table import Table
+from rich.text import Text
 
 from .attack_names import attacks_in_words
 from .experiment import Comparison
 from .identity import environment
 from .judging import RunResult
 from .losses import TrainingLoss
+from .run_checks import Finding
 from .settings import TrainingSettings
 from .storage import write_atomically, write_json
 
-__all__ = ["RESULTS", "MeanStd", "accuracies", "explanation", "felled_by", "results_tables", "write_results"]
+__all__ = [
+    "RESULTS",
+    "MeanStd",
+    "accuracies",
+    "explanation",
+    "felled_by",
+    "finding_lines",
+    "results_tables",
+    "write_results",
+]
 
 RESULTS: Final = ("results.json", "results.csv")
 
@@ -56,7 +67,8 @@ def explanation(comparison: Comparison) -> dict[str, str]:
     over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "a single seed"
     return {
         "training": training_in_words(training),
-        "accuracy": f"percent of {comparison.runs[0].images} {judging.held_out} images, {over}",
+        "accuracy": f"percent of {comparison.runs[0].images} {judging.held_out} images, {over}"
+        + ("; the best epoch was chosen with the same images" if judging.held_out == "validation" else ""),
         "robust": (
             f"per-sample worst case over {attacks_in_words(judging.attacks, judging.parameters)}; "
             "no pixel, in [0, 1], changed by more than eps"
@@ -68,13 +80,25 @@ def explanation(comparison: Comparison) -> dict[str, str]:
     }
 
 
+def finding_lines(comparison: Comparison) -> list[Text]:
+    """The masking checks that warn, and how many do not."""
+    findings = comparison.findings()
+    warnings = [finding for finding in findings if finding.outcome == "warning"]
+    lines = [Text.assemble(("WARNING", "bold red"), f" {finding.in_words()}") for finding in warnings]
+    if findings:
+        passed = sum(finding.outcome == "passed" for finding in findings)
+        lines.append(Text(f"masking checks: {len(warnings)} of {len(findings)} warn, {passed} pass; see the report"))
+    return lines
+
+
 def training_in_words(training: TrainingSettings) -> str:
     """Data set, model and method: what all runs have in common."""
     recipe, attack = training.recipe, training.recipe.adversarial
     said = [f"{training.model} on {training.dataset}"]
     if training.samples is not None:
         said.append(f"at most {training.samples} training images")
-    said.append(f"{recipe.epochs} epochs of {recipe.optimizer} at {recipe.learning_rate:g} ({recipe.schedule})")
+    epochs = f"{recipe.epochs} epoch{'' if recipe.epochs == 1 else 's'}"
+    said.append(f"{epochs} of {recipe.optimizer} at {recipe.learning_rate:g} ({recipe.schedule})")
     if attack is not None:
         said.append(
             f"adversarial training ({attack.method}) with {attack.steps} steps of {attack.alpha:.3g} within "
@@ -143,7 +167,11 @@ def _as_json(comparison: Comparison) -> dict[str, Any]:
         "settings": comparison.settings.as_json(),
         "seeds": list(comparison.seeds),
         "summary": [_summary(comparison, loss) for loss in comparison.losses],
-        "runs": [_run(comparison, run) for run in comparison.runs],
+        "checks": [_finding(finding) for finding in comparison.findings()],
+        "runs": [
+            _run(comparison, run) | {"checks": [asdict(check) for check in checks]}
+            for run, checks in zip(comparison.runs, comparison.checks, strict=True)
+        ],
     }
 
 
@@ -161,6 +189,12 @@ def _summary(comparison: Comparison, loss: TrainingLoss) -> dict[str, Any]:
         "seconds_per_epoch": time.seconds,
         "ratio_to_cross_entropy": time.ratio,
     }
+
+
+def _finding(finding: Finding) -> dict[str, Any]:
+    content = asdict(finding)
+    loss = content.pop("loss")
+    return {"loss": loss["name"], "tau": loss["tau"], **content}
 
 
 def _run(comparison: Comparison, run: RunResult) -> dict[str, Any]:

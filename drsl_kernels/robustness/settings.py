@@ -1,7 +1,7 @@
 """All that decides a training run: `TrainingSettings`, and what suits each data set.
 
 Kept in a run's folder, so that the run can be resumed with the same settings and with no others. Relies on `recipe` and
-`losses`; `engine` and `train_command` rely on it.
+`losses`; `engine`, `experiment` and the commands rely on it.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .balls import NORMS
-from .command_parts import check_device, keep_freed_memory
+from .command_parts import check_device, fix_cublas, keep_freed_memory
 from .distributed import joined_world
 from .engine import BEST, Outcome, read_settings, run
 from .losses import ALL_LOSSES, BASELINE, SMOOTHED, TRUTHS, TrainingLoss
@@ -152,8 +151,7 @@ def train_command(out: Path, resume: bool, checkpoint_batches: int | None, tenso
     given = {name: value for name, value in options.items() if value is not None}
     try:
         settings = _settings(out, resume, given)
-        if settings.device.startswith("cuda"):  # read when a GPU is first used: products are summed in one order
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        fix_cublas(settings.device)
         with joined_world(settings.device) as world:
             check_device(settings.device)
             console = Console(quiet=world.rank > 0, markup=False)

@@ -54,7 +54,9 @@ dataset_option = click.option("--dataset", type=click.Choice(DATASETS), help="Im
 data_dir_option = click.option(
     "--data-dir", type=click.Path(path_type=Path), help="Folder with the files of the data set."
 )
-model_option = click.option("--model", type=click.Choice(MODELS), help="Network; see the defaults above.")
+model_option = click.option(
+    "--model", type=click.Choice(MODELS), help="Network, by default the one that suits the data set."
+)
 epochs_option = click.option("--epochs", type=click.IntRange(min=1), help="Passes over the training images.")
 batch_size_option = click.option(
     "--batch-size", type=click.IntRange(min=1), help="Images per step, of all processes together.  [default: 128]"
