@@ -93,7 +93,7 @@ def check_model(model: nn.Module, x: Tensor, y: Tensor, judging: Judging, *, see
     generator = torch.Generator(device=x.device).manual_seed(seed)
     for make in masking.checks_of_model(model, x, y, generator=generator).values():
         yield make()
-    pgd = Attack("log_odds", restarts=1)
+    pgd = Attack("log_odds", steps=10, restarts=1)
     yield masking.never_rises(attack_table(model, x, y, epsilons=judging.epsilons, attacks=[pgd], generator=generator))
     for eps in judging.epsilons:
         yield masking.rises_with_steps(model, x, y, eps)
