@@ -121,7 +121,7 @@ def test_every_command_is_run_by_a_test(tmp_path: Path) -> None:
             continue
         program, *options = shlex.split(command)
         assert Path(program).name == "drsl", f"{command} is run by no test"
-        drsl = [sys.executable, "-m", "drsl_kernels.robustness.cli"]
+        drsl = [sys.executable, "-m", "drsl_kernels.robustness"]
         done = subprocess.run(
             [*drsl, *options, *SMALL, "--out", str(tmp_path / "out")], capture_output=True, text=True, check=False
         )

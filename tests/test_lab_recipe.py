@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from drsl_kernels.robustness import train
+from drsl_kernels.robustness.attack_losses import per_sample
 from drsl_kernels.robustness.augmentation import crop_and_flip, draw_crops
 from drsl_kernels.robustness.checkpoint import load_model
 from drsl_kernels.robustness.data import Split, digits
@@ -273,6 +274,23 @@ class TestPlainTraining:
             TrainingLoss(name, 1)
         with pytest.raises(ValueError, match="label_smoothing"):
             TrainingLoss(name)(logits, y, label_smoothing=0.1)
+
+    def test_label_smoothing_by_name(self) -> None:
+        logits, y = torch.randn(7, 5, generator=seeded()), torch.arange(7) % 5
+        loss = TrainingLoss("label_smoothing", 0.2)
+        named, asked = loss(logits, y), CE(logits, y, label_smoothing=0.2)
+        assert torch.equal(named.loss, asked.loss)
+        assert torch.equal(named.cross_entropy, asked.cross_entropy)
+        assert named.distance is None
+        assert str(loss) == "label_smoothing tau=0.2"
+        torch.testing.assert_close(per_sample(loss)(logits, y).mean(), named.loss)
+        for ask in (
+            lambda: loss(logits, y, label_smoothing=0.1),
+            lambda: per_sample(loss, label_smoothing=0.1),
+            lambda: replace(QUICK, loss=loss, recipe=replace(QUICK.recipe, label_smoothing=0.1)),
+        ):
+            with pytest.raises(ValueError, match=r"label_smoothing must be 0 with loss .* tau=0\.2, got 0\.1"):
+                ask()
 
     def test_label_smoothing_reaches_training(self, split: Split) -> None:
         recipe = replace(QUICK.recipe, label_smoothing=0.3)

@@ -14,38 +14,46 @@ import pytest
 import torch
 from torch import nn
 
+from drsl_kernels.robustness.attack_names import AttackParameters
 from drsl_kernels.robustness.data import digits
-from drsl_kernels.robustness.experiment import Comparison, RunResult, Settings
+from drsl_kernels.robustness.experiment import Comparison, Settings
 from drsl_kernels.robustness.inside_pictures import attack_correlation
 from drsl_kernels.robustness.insight import PLANE_IMAGES, Plane, feature_planes, wrong_class_distances
+from drsl_kernels.robustness.judging import Judging, RunResult
 from drsl_kernels.robustness.losses import TrainingLoss
+from drsl_kernels.robustness.masking import Check
 from drsl_kernels.robustness.models import small_cnn
 from drsl_kernels.robustness.page import PAGES, write_pages
 from drsl_kernels.robustness.pictures import PICTURES, draw_pictures
-from drsl_kernels.robustness.timing import EpochTime
-from drsl_kernels.robustness.train import EpochLog
+from drsl_kernels.robustness.recipe import Adversarial, Recipe
+from drsl_kernels.robustness.settings import TrainingSettings
+from drsl_kernels.robustness.timing import EpochTime, Timed
+from drsl_kernels.robustness.training_logs import EpochRow
 
 CE, DRSL = TrainingLoss("ce"), TrainingLoss("non_target_logits", 0.3)
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 IMAGES = 40
+PASSED = Check("saturation", "passed", "the softmax is 1 on 0.0 % of 40 images", {"saturated": 0.0})
 
 
 def run(loss: TrainingLoss, seed: int, robust: tuple[float, float], clean: float = 0.9) -> RunResult:
     """What a run might leave behind; numbers differ a little from seed to seed."""
     random = np.random.default_rng(seed)
     points = tuple((float(a), float(b)) for a, b in random.normal(size=(IMAGES, 2)))
-    log = EpochLog(1, 1.0, 0.9, None if loss.tau == 0 else 0.3, 0.8, 0.1)
+    row = EpochRow(1, 0.002, 1.0, 0.9, None if loss.tau == 0 else 0.3, 0.8, 1.0, 0.7, None, 0.1)
+    fell = [(-1, -1, 0), (0, 0, 1), (1, 1, 2), (2, -1, 0)]
     return RunResult(
         loss=loss,
         seed=seed,
         images=IMAGES,
         clean_accuracy=clean + seed / 1000,
         robust_accuracy=(robust[0] + seed / 1000, robust[1] + seed / 1000),
-        epochs=(log, replace(log, epoch=2, loss=0.8)),
+        epochs=(row, replace(row, epoch=2, train_loss=0.8)),
+        best_epoch=2,
+        fell=tuple(fell[i] for i in random.integers(0, 4, IMAGES)),
         second_largest_before=tuple(random.uniform(0, 0.1, IMAGES).tolist()),
         second_largest_after=tuple(random.uniform(0, 0.5, IMAGES).tolist()),
         distances=tuple((10 ** random.uniform(-6, -1, IMAGES)).tolist()),
-        survived=tuple((random.uniform(size=IMAGES) > 0.5).tolist()),
         planes=(Plane("PCA", points, points, (0, 1) * (IMAGES // 2)),),
     )
 
@@ -54,7 +62,9 @@ def comparison(ours: tuple[float, float] = (0.6, 0.1), clean: float = 0.9, seeds
     runs = [run(CE, seed, (0.4, 0.1)) for seed in range(seeds)]
     runs += [run(DRSL, seed, ours, clean) for seed in range(seeds)]
     times = {loss: EpochTime(0.01, 1.0) for loss in (CE, DRSL)}
-    return Comparison(Settings(epsilons=(0.1, 0.3)), (CE, DRSL), tuple(range(seeds)), tuple(runs), times, 0)
+    settings = Settings(judging=Judging(epsilons=(0.1, 0.3)))
+    checks = ((PASSED,),) * len(runs)
+    return Comparison(settings, (CE, DRSL), tuple(range(seeds)), tuple(runs), checks, times, Timed(100, 100, 20), 0)
 
 
 @pytest.fixture(scope="module")
@@ -89,15 +99,47 @@ def test_what_a_loss_does_not_do_comes_first(tmp_path: Path) -> None:
     assert "costs clean accuracy" not in text
     assert "costs clean accuracy: 85.1 ± 0.1 % where ce has 90.1 ± 0.1 %" in markdown(tmp_path, comparison(clean=0.85))
     assert "no more robust" not in markdown(tmp_path, comparison(ours=(0.6, 0.2)))
-    unbroken = replace(comparison(), runs=(run(CE, 0, (0.9, 0.8)), run(DRSL, 0, (0.9, 0.8))))
+    unbroken = replace(comparison(), runs=(run(CE, 0, (0.9, 0.8)), run(DRSL, 0, (0.9, 0.8))), checks=((), ()))
     assert "a larger eps" in markdown(tmp_path, unbroken)
     assert "a larger eps" not in markdown(tmp_path, comparison())
     assert "say little" in markdown(tmp_path, comparison(seeds=1))
 
 
+def test_warnings_come_first_with_the_number_of_seeds_and_the_worst_sentence(tmp_path: Path) -> None:
+    bad, worse = (
+        Check("saturation", "warning", f"the softmax is 1 on {share} %", {"saturated": share / 100}) for share in (2, 7)
+    )
+    found = replace(comparison(), checks=((PASSED,), (bad,), (worse,), (PASSED,), (PASSED,), (PASSED,)))
+    text = markdown(tmp_path, found)
+    warning = text.index("- ce, saturation: 2 of 3 seeds warn; the softmax is 1 on 7 %.")
+    assert warning < text.index("| trained with |")
+    assert f"- passed: {DRSL}, saturation: the softmax is 1 on 0.0 % of 40 images" in text
+    assert "warning" not in markdown(tmp_path, comparison())
+
+
+def test_it_says_what_was_done(tmp_path: Path) -> None:
+    attack = Adversarial("trades", 8 / 255, 2 / 255, 7)
+    training = TrainingSettings("cifar10", "resnet18", recipe=Recipe(3, label_noise=0.4, adversarial=attack))
+    judging = Judging((0.1, 0.3), ("square", "pgd"), AttackParameters(steps=7, restarts=2, queries=50), "validation")
+    timed = Timed(128, 45000, 5)
+    text = markdown(tmp_path, replace(comparison(), settings=Settings(training, judging), timed=timed))
+    for words in (
+        "# Accuracy of cifar10 classifiers under attack",
+        "resnet18 on cifar10, 3 epochs of adam at 0.002 (constant)",
+        "adversarial training (trades) with 7 steps of 0.00784 within eps 0.03137 (linf)",
+        "40 % of the training labels wrong",
+        "PGD with 7 steps and 2 random starts on log_odds, Square with 50 queries",
+        "median of 5 rounds over 128 of 45000 training images, scaled to all",
+        "These images chose the best epoch of each run, too",
+        "what each attack broke after those before it: pgd:log_odds ",
+    ):
+        assert words in text, words
+    assert "These images chose" not in markdown(tmp_path, comparison())
+
+
 def test_no_baseline(tmp_path: Path) -> None:
     found = comparison()
-    alone = replace(found, losses=(DRSL,), runs=tuple(run for run in found.runs if run.loss == DRSL))
+    alone = replace(found, losses=(DRSL,), runs=found.runs[3:], checks=found.checks[3:])
     assert "no baseline" in markdown(tmp_path, alone)
 
 
@@ -116,6 +158,7 @@ def test_html_holds_all_that_it_shows(written: Path) -> None:
     images = Images()
     images.feed((written / "report.html").read_text())
     assert len(images.found) == len(PICTURES)
+    assert (written / "report.html").stat().st_size < 5_000_000
     for image in images.found:
         assert (image["src"] or "").startswith("data:image/png;base64,")
         assert image["alt"]
@@ -148,9 +191,11 @@ def test_a_browser_shows_every_picture(written: Path, tmp_path: Path) -> None:
 
 def test_correlation() -> None:
     found = comparison(seeds=1)
-    ce = replace(found.runs[0], distances=tuple(i / 100 for i in range(IMAGES)), survived=(True,) * 20 + (False,) * 20)
+    ce = replace(
+        found.runs[0], distances=tuple(i / 100 for i in range(IMAGES)), fell=((2, -1, 0),) * 20 + ((0, 0, 1),) * 20
+    )
     assert attack_correlation(replace(found, runs=(ce,)), CE) == pytest.approx(0.866, abs=1e-3)
-    alike = replace(ce, survived=(True,) * IMAGES)
+    alike = replace(ce, fell=((2, -1, 0),) * IMAGES)
     assert attack_correlation(replace(found, runs=(alike,)), CE) is None
 
 

@@ -165,6 +165,20 @@ def test_interrupted_again_and_again(tmp_path: Path, recipe: Recipe) -> None:
     assert_same_run(tmp_path / "resumed", tmp_path / "undisturbed")
 
 
+@pytest.mark.parametrize("seconds", [1e-9, 1e9], ids=["after every step", "at the end alone"])
+def test_checkpoints_by_the_clock(tmp_path: Path, seconds: float) -> None:
+    run(TINY, tmp_path / "undisturbed", tensorboard=False)
+    options: dict[str, Any] = {"resume": True, "tensorboard": False, "checkpoint_seconds": seconds}
+    with pytest.raises(StopError):
+        run(TINY, tmp_path / "resumed", progress=StopAt(8), **options)  # the third of five steps of an epoch
+    assert (tmp_path / "resumed" / "last.pt").exists() == (seconds < 1)
+    if seconds < 1:
+        state = load_checkpoint(tmp_path / "resumed" / "last.pt")["state"]
+        assert (len(state["rows"]), len(state["sums"])) == (1, 2)
+    run(TINY, tmp_path / "resumed", **options)
+    assert_same_run(tmp_path / "resumed", tmp_path / "undisturbed")
+
+
 def killed_after(calls: int, folder: Path, settings: TrainingSettings) -> None:
     """Train, and kill this process with SIGKILL at a call of a Python or C function, whichever it is."""
     left = calls

@@ -23,7 +23,7 @@ from drsl_kernels.robustness import (
     worst_case,
 )
 from drsl_kernels.robustness.data import digits
-from drsl_kernels.robustness.losses import LOSS_NAMES
+from drsl_kernels.robustness.losses import ALL_LOSSES, LOSS_NAMES
 from drsl_kernels.robustness.models import small_cnn
 from drsl_kernels.robustness.timing import time_epochs
 
@@ -72,6 +72,21 @@ class TestWorstCase:
         ]
         assert found.clean_accuracy() == pytest.approx(5 / 6)
         assert found.robust_accuracy() == pytest.approx((4 / 6, 2 / 6, 2 / 6))
+        assert found.fell.tolist() == [[3, -1, 0], [1, 0, 1], [0, 0, 1], [1, 0, 1], [3, -1, 0], [-1, -1, 0]]
+
+    def test_what_felled_a_sample(self) -> None:
+        class Nothing:
+            name, norm, restarts, black_box = "nothing", "linf", 2, True
+
+            def start(self, model: Any, x: Tensor, y: Tensor, **_: Any) -> Tensor:
+                return x.clone()
+
+        found = self.judge(0.05, 0.1, 0.2, attacks=[Nothing(), Attack("margin", steps=8, restarts=2)])
+        radius, attack, start = found.fell.unbind(1)
+        for index, robust in enumerate(found.robust):
+            assert torch.equal(radius > index, robust)
+        assert attack.tolist() == [-1, 1, 1, 1, -1, -1]
+        assert start.tolist() == [0, 1, 1, 1, 0, 0]
 
     def test_order_of_radii_does_not_matter(self) -> None:
         assert self.judge(0.2, 0.05, 0.1, 0.1).epsilons == (0.05, 0.1, 0.2)
@@ -251,7 +266,8 @@ class TestTraining:
     @pytest.mark.parametrize(
         ("make", "message"),
         [
-            (lambda: TrainingLoss("hinge"), f"unknown loss 'hinge'; the losses are {', '.join(LOSS_NAMES)}"),
+            (lambda: TrainingLoss("hinge"), f"unknown loss 'hinge'; the losses are {', '.join(ALL_LOSSES)}"),
+            (lambda: TrainingLoss("label_smoothing", 1), "tau of label_smoothing must be below 1, got 1"),
             (lambda: TrainingLoss("kl", math.nan), "tau of kl must be 0 or more and finite, got nan"),
             (lambda: TrainingLoss("kl", -1), "tau of kl must be 0 or more and finite, got -1"),
             (lambda: TrainingLoss("ce", 1), "tau of ce must be 0"),

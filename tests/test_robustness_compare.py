@@ -7,6 +7,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,10 +18,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from drsl_kernels.robustness import commands, experiment, train
+from drsl_kernels.robustness import compare_command, engine, experiment
 from drsl_kernels.robustness.cli import main
 from drsl_kernels.robustness.commands import drsl
-from drsl_kernels.robustness.losses import LOSS_NAMES, TrainingLoss
+from drsl_kernels.robustness.judging import Judging, load_result
+from drsl_kernels.robustness.losses import ALL_LOSSES, TrainingLoss
 from drsl_kernels.robustness.page import PAGES
 from drsl_kernels.robustness.pictures import PICTURES
 
@@ -40,9 +42,18 @@ def drsl_compare(*options: str) -> Any:
 
 TINY = [
     *("--losses", "ce,non_target_logits", "--seeds", "1", "--epochs", "2", "--samples", "40"),
-    *("--eps", "0.05,8/255", "--steps", "2", "--restarts", "1"),
+    *("--eps", "0.05,8/255", "--steps", "2", "--restarts", "1", "--check-images", "20"),
 ]
-RUNS = ["ce-tau0-seed0.json", "non_target_logits-tau0.3-seed0.json"]
+RUNS = ["ce-tau0-seed0", "non_target_logits-tau0.3-seed0"]
+FILES = ["best.pt", "checks.json", "judged.json", "last.pt", "metrics.csv", "settings.json"]
+
+
+def judged(folder: Path, run: str = RUNS[0]) -> dict[str, Any]:
+    """What judging left, but for the seconds."""
+    content: dict[str, Any] = json.loads((folder / "runs" / run / "judged.json").read_text())
+    for row in content["result"]["epochs"]:
+        del row["seconds"]
+    return content
 
 
 @pytest.fixture(scope="module")
@@ -62,20 +73,24 @@ class TestCompare:
     @pytest.fixture
     def no_pictures(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Drawing takes most of the time of a tiny comparison."""
-        monkeypatch.setattr(commands, "draw_pictures", lambda *_: None)
-        monkeypatch.setattr(commands, "write_pages", lambda *_: None)
+        monkeypatch.setattr(compare_command, "draw_pictures", lambda *_: None)
+        monkeypatch.setattr(compare_command, "write_pages", lambda *_: None)
 
     @pytest.fixture
     def copy(self, finished: tuple[Path, str], tmp_path: Path) -> Path:
-        for name in RUNS:
-            (tmp_path / "runs").mkdir(exist_ok=True)
-            (tmp_path / "runs" / name).write_bytes((finished[0] / "runs" / name).read_bytes())
+        shutil.copytree(finished[0] / "runs", tmp_path / "runs")
         return tmp_path
+
+    @pytest.fixture
+    def no_training(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(engine, "train_epoch", None)
 
     def test_files(self, finished: tuple[Path, str]) -> None:
         folder, _ = finished
         assert sorted(os.listdir(folder)) == sorted(["results.json", "results.csv", "runs", *PICTURES, *PAGES])
         assert sorted(os.listdir(folder / "runs")) == RUNS
+        for run in RUNS:
+            assert sorted(os.listdir(folder / "runs" / run)) == FILES
         for name in PICTURES:
             assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
@@ -87,14 +102,17 @@ class TestCompare:
         ):
             assert text in table
         flat = " ".join(table.split())
-        assert "per-sample worst case over PGD-2 on log_odds, margin, ce, 1 restart each" in flat
+        assert "per-sample worst case over PGD with 2 steps and 1 random start on log_odds, margin, ce" in flat
         assert "percent of 40 test images, a single seed" in flat
+        assert "small_cnn on digits, at most 40 training images, 2 epochs of adam at 0.002 (constant)" in flat
+        assert re.search(r"masking checks: \d+ of 16 warn, \d+ pass", flat)
 
     def test_json(self, finished: tuple[Path, str]) -> None:
         content = json.loads((finished[0] / "results.json").read_text())
-        assert content["meaning"]["robust"].startswith("per-sample worst case over PGD-2 on log_odds")
+        assert content["meaning"]["robust"].startswith("per-sample worst case over PGD with 2 steps")
         assert content["settings"]["epsilons"] == [8 / 255, 0.05]
         assert content["settings"]["held_out"] == "test"
+        assert content["settings"]["training"]["recipe"]["epochs"] == 2
         assert content["environment"]["torch"] == torch.__version__
         assert [(line["loss"], line["tau"]) for line in content["summary"]] == [
             ("ce", 0.0),
@@ -104,7 +122,13 @@ class TestCompare:
             assert line["clean_accuracy"] == {"mean": run["clean_accuracy"], "std": None}
             assert [value["eps"] for value in line["robust_accuracy"]] == [8 / 255, 0.05]
             assert line["robust_accuracy"][0]["mean"] == run["robust_accuracy"][0]["accuracy"]
-            assert [log["epoch"] for log in run["epochs"]] == [1, 2]
+            assert [row["epoch"] for row in run["epochs"]] == [1, 2]
+            best = max(row["validation_accuracy"] for row in run["epochs"])
+            assert run["epochs"][run["best_epoch"] - 1]["validation_accuracy"] == best
+            left = [round(40 * run["clean_accuracy"]), *(round(40 * v["accuracy"]) for v in run["robust_accuracy"])]
+            felled = [sum(row["images"] for row in run["felled_by"] if row["eps"] == eps) for eps in (8 / 255, 0.05)]
+            assert felled == [left[0] - left[1], left[1] - left[2]]
+            assert {check["name"] for check in run["checks"]} >= {"gradients", "large eps", "black box", "restarts"}
         assert content["summary"][0]["ratio_to_cross_entropy"] == 1
 
     def test_csv(self, finished: tuple[Path, str]) -> None:
@@ -118,9 +142,10 @@ class TestCompare:
         assert float(lines[4]["accuracy"]) == runs[1]["robust_accuracy"][0]["accuracy"]
         assert all(int(line["correct"]) == 40 * float(line["accuracy"]) for line in lines)
 
-    @pytest.mark.usefixtures("no_pictures")
+    @pytest.mark.usefixtures("no_pictures", "no_training")
     def test_second_run_uses_the_first(self, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(experiment, "train", None)  # nothing may be trained
+        for name in ("judge", "check_model"):
+            monkeypatch.setattr(experiment, name, None)
         result = drsl_compare(*TINY, "--out", str(copy))
         assert result.exit_code == 0, result.output
         assert "used again: 2 of 2 runs" in " ".join(result.output.split())
@@ -131,42 +156,72 @@ class TestCompare:
         assert result.exit_code == 0, result.output
         assert "used again" not in result.output
         assert (copy / "results.csv").read_bytes() == (finished[0] / "results.csv").read_bytes()
-        for name in RUNS:
-            before, after = (json.loads((folder / "runs" / name).read_text()) for folder in (finished[0], copy))
-            for log in before["result"]["epochs"] + after["result"]["epochs"]:
-                del log["seconds"]
-            assert after == before
+        for run in RUNS:
+            assert judged(copy, run) == judged(finished[0], run)
+            checks = [(folder / "runs" / run / "checks.json").read_bytes() for folder in (copy, finished[0])]
+            assert checks[0] == checks[1]
 
-    @pytest.mark.usefixtures("no_pictures")
+    @pytest.mark.usefixtures("no_pictures", "no_training")
     @pytest.mark.parametrize(
         "options",
         [
-            ["--epochs", "1"],
             ["--restarts", "2"],
             ["--steps", "1"],
             ["--eps", "0.05"],
-            ["--samples", "41"],
+            ["--test-images", "30"],
             ["--held-out", "validation"],
-            ["--attacks", "margin,ce"],
-            ["--seed", "1"],
+            ["--attacks", "pgd:margin,pgd:ce"],
         ],
     )
-    def test_other_options_other_runs(self, copy: Path, options: list[str]) -> None:
+    def test_other_attacks_on_the_same_weights(self, copy: Path, options: list[str]) -> None:
         result = drsl_compare(*TINY, *options, "--losses", "ce", "--out", str(copy))
         assert result.exit_code == 0, result.output
         assert "used again" not in result.output
 
+    @pytest.mark.usefixtures("no_pictures", "no_training")
+    def test_numbers_of_attacks_that_are_not_run(self, copy: Path) -> None:
+        result = drsl_compare(*TINY, "--queries", "7", "--losses", "ce", "--out", str(copy))
+        assert "used again: 1 of 1 runs" in " ".join(result.output.split())
+
     @pytest.mark.usefixtures("no_pictures")
-    def test_unfinished_runs_are_not_trusted(self, copy: Path) -> None:
-        whole = (copy / "runs" / RUNS[0]).read_text()
-        (copy / "runs" / RUNS[0]).write_text(whole[: len(whole) // 2])
-        (copy / "runs" / RUNS[1]).write_text("{}")
-        (copy / "runs" / ".unfinished-1-x.json").write_text(whole)
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            (["--epochs", "1"], "recipe.epochs was 2 and is now 1"),
+            (["--train-images", "41"], "samples was 40 and is now 41"),
+            (["--lr", "0.01"], "recipe.learning_rate was 0.002 and is now 0.01"),
+            (["--batch-size", "20"], "recipe.batch_size was 128 and is now 20"),
+            (["--label-noise", "0.5"], "recipe.label_noise was 0.0 and is now 0.5"),
+            (["--model", "mlp"], "model was 'small_cnn' and is now 'mlp'"),
+            (["--adversarial", "madry", "--train-steps", "1"], "recipe.adversarial was None and is now {"),
+        ],
+    )
+    def test_other_training_is_made_anew_and_says_so(self, copy: Path, options: list[str], said: str) -> None:
+        before = judged(copy)["identity"]["weights"]
+        result = drsl_compare(*TINY, *options, "--losses", "ce", "--out", str(copy))
+        assert result.exit_code == 0, result.output
+        assert "used again" not in result.output
+        assert f"was made with other settings and is made anew: {said}" in result.output
+        assert judged(copy)["identity"]["weights"] != before
+        assert (copy / "runs" / RUNS[1] / "judged.json").exists()
+
+    @pytest.mark.usefixtures("no_pictures")
+    def test_other_seeds_have_folders_of_their_own(self, copy: Path) -> None:
+        result = drsl_compare(*TINY, "--seed", "1", "--losses", "ce", "--out", str(copy))
+        assert result.exit_code == 0, result.output
+        assert sorted(os.listdir(copy / "runs")) == [RUNS[0], "ce-tau0-seed1", RUNS[1]]
+
+    @pytest.mark.usefixtures("no_pictures")
+    def test_what_is_cut_off_is_not_trusted(self, finished: tuple[Path, str], copy: Path) -> None:
+        for run in RUNS:
+            path = copy / "runs" / run / "judged.json"
+            path.write_text(path.read_text()[:1000])
+        (copy / "runs" / RUNS[0] / ".unfinished-1-judged.json").write_text("{}")
         result = drsl_compare(*TINY, "--out", str(copy))
         assert result.exit_code == 0, result.output
         assert "used again" not in result.output
-        after = json.loads((copy / "runs" / RUNS[0]).read_text())["result"]
-        assert after["clean_accuracy"] == json.loads(whole)["result"]["clean_accuracy"]
+        assert [judged(copy, run) for run in RUNS] == [judged(finished[0], run) for run in RUNS]
+        assert [sorted(os.listdir(copy / "runs" / run)) for run in RUNS] == [FILES, FILES]
 
     @pytest.mark.parametrize(
         "change",
@@ -175,48 +230,61 @@ class TestCompare:
             {},
             {"robust_accuracy": []},
             {"clean_accuracy": "x"},
-            {"seed": 1},
+            {"images": 41},
             {"epochs": [None, None]},
+            {"epochs": []},
+            {"best_epoch": 3},
+            {"fell": [[0, 0, 1]]},
             {"second_largest_after": [0.1]},
         ],
     )
     def test_malformed_results_are_not_trusted(self, copy: Path, change: Any) -> None:
-        path = copy / "runs" / RUNS[0]
+        path = copy / "runs" / RUNS[0] / "judged.json"
         content = json.loads(path.read_text())
         path.write_text(json.dumps(content | {"result": content["result"] | change if change else change}))
-        assert experiment._load(path, content["identity"]) is None
+        assert load_result(path, content["identity"]) is None
         path.write_text(json.dumps(content))
-        assert experiment._load(path, content["identity"]) is not None
+        assert load_result(path, content["identity"]) is not None
 
-    def test_nearly_equal_taus_have_files_and_labels_of_their_own(self) -> None:
+    def test_nearly_equal_taus_have_folders_and_labels_of_their_own(self) -> None:
         losses = [TrainingLoss("uniform", tau) for tau in (0.3, 0.30000001, 30.0)]
         assert [str(loss) for loss in losses] == ["uniform tau=0.3", "uniform tau=0.30000001", "uniform tau=30"]
-        assert len({experiment.run_path(Path(), loss, 0) for loss in losses}) == 3
+        assert len({experiment.run_folder(Path(), loss, 0) for loss in losses}) == 3
 
     def test_an_interrupted_comparison_keeps_what_is_finished(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         calls = []
+        judge = experiment.judge
 
         def second_fails(*args: Any, **options: Any) -> Any:
             calls.append(args)
             if len(calls) == 2:
-                raise FloatingPointError("the loss is inf in epoch 2, batch 1")
-            return train(*args, **options)
+                raise FloatingPointError("the model's logits are NaN")
+            return judge(*args, **options)
 
         with monkeypatch.context() as patch:
-            patch.setattr(experiment, "train", second_fails)
+            patch.setattr(experiment, "judge", second_fails)
             result = drsl_compare(*TINY, "--out", str(tmp_path))
         assert result.exit_code == 1
-        assert "Error: the loss is inf in epoch 2, batch 1" in result.output
+        assert "Error: the model's logits are NaN" in result.output
         assert os.listdir(tmp_path) == ["runs"]
-        assert os.listdir(tmp_path / "runs") == RUNS[:1]
+        assert (tmp_path / "runs" / RUNS[0] / "judged.json").exists()
+        assert not (tmp_path / "runs" / RUNS[1] / "judged.json").exists()
+
+    def test_a_folder_that_is_no_run(self, tmp_path: Path) -> None:
+        (tmp_path / "runs" / RUNS[0]).mkdir(parents=True)
+        (tmp_path / "runs" / RUNS[0] / "last.pt").write_bytes(b"someone's")
+        result = drsl_compare(*TINY, "--out", str(tmp_path))
+        assert result.exit_code == 1
+        assert "holds files of a training run, but no settings.json" in " ".join(result.output.split())
+        assert (tmp_path / "runs" / RUNS[0] / "last.pt").read_bytes() == b"someone's"
 
     def test_several_taus_and_seeds(self, tmp_path: Path) -> None:
         result = drsl_compare(*TINY, "--losses", "kl", "--tau", "kl=0.1,2", "--seeds", "2", "--out", str(tmp_path))
         assert result.exit_code == 0, result.output
         assert sorted(os.listdir(tmp_path / "runs")) == [
-            f"kl-tau{tau}-seed{seed}.json" for tau in ("0.1", "2") for seed in (0, 1)
+            f"kl-tau{tau}-seed{seed}" for tau in ("0.1", "2") for seed in (0, 1)
         ]
         assert "standard deviation over 2 seeds" in " ".join(result.output.split())
         summary = json.loads((tmp_path / "results.json").read_text())["summary"]
@@ -224,17 +292,27 @@ class TestCompare:
         assert all(line["clean_accuracy"]["std"] is not None for line in summary)
 
     def test_default_is_the_comparison_of_the_paper_with_cross_entropy(self) -> None:
-        settings = experiment.Settings()
-        assert 0.1 in settings.epsilons
-        assert set(settings.attack_losses) == {"ce", "log_odds", "margin"}
-        assert (settings.steps, settings.restarts) == (20, 5)
+        judging = Judging()
+        assert 0.1 in judging.epsilons
+        assert set(judging.attacks) == {"pgd:ce", "pgd:log_odds", "pgd:margin"}
+        assert (judging.parameters.steps, judging.parameters.restarts) == (20, 5)
 
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["--losses", "hinge"], f"unknown loss 'hinge'; choose from {', '.join(LOSS_NAMES)}"),
+            (["--losses", "hinge"], f"unknown loss 'hinge'; choose from {', '.join(ALL_LOSSES)}"),
             (["--losses", ""], "unknown loss ''"),
-            (["--attacks", "square"], "unknown attack 'square'; choose from log_odds, ce, margin"),
+            (["--attacks", "log_odds"], "unknown attack 'log_odds'; choose from fgsm, pgd"),
+            (["--attacks", "pgd:hinge"], "unknown loss in attack 'pgd:hinge'"),
+            (["--attacks", "pgd,transfer"], "transfer is an attack of drsl attack"),
+            (["--train-eps", "0.1"], "--train-eps needs --adversarial madry or trades"),
+            (["--adversarial", "madry", "--train-eps", "0"], "eps must be above 0 and finite, got 0.0"),
+            (["--label-noise", "2"], "label_noise must be from 0 to 1, got 2.0"),
+            (["--losses", "gce", "--tau", "gce=1"], "tau of gce must be 0"),
+            (["--losses", "label_smoothing", "--tau", "label_smoothing=1"], "tau of label_smoothing must be below 1"),
+            (["--check-images", "-1"], "-1 is not in the range x>=0"),
+            (["--train-images", "0"], "0 is not in the range x>=1"),
+            (["--test-images", "0"], "0 is not in the range x>=1"),
             (["--eps", "-0.1"], "'-0.1' is not from 0 to 1"),
             (["--eps", "nan"], "'nan' is not from 0 to 1"),
             (["--eps", "8"], "'8' is not from 0 to 1"),
@@ -281,15 +359,21 @@ class TestCompare:
 
     @pytest.mark.parametrize(
         ("name", "is_folder"),
-        [("runs", False), (f"runs/{RUNS[0]}", True), ("results.json", True), (PICTURES[0], True)],
+        [
+            ("runs", False),
+            (f"runs/{RUNS[0]}", False),
+            (f"runs/{RUNS[0]}/best.pt", True),
+            ("results.json", True),
+            (PICTURES[0], True),
+        ],
     )
     def test_what_is_in_the_way_is_found_before_the_work(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, is_folder: bool
     ) -> None:
-        monkeypatch.setattr(commands, "compare", None)  # no work may begin
+        monkeypatch.setattr(compare_command, "compare", None)  # no work may begin
         monkeypatch.setenv("COLUMNS", "1000")
         place = tmp_path / name
-        place.parent.mkdir(exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
         place.mkdir() if is_folder else place.touch()
         result = drsl_compare(*TINY, "--out", str(tmp_path))
         assert result.exit_code == 2, result.output
@@ -302,7 +386,7 @@ class TestCompare:
         assert "the name of the folder is empty" in result.output
 
     def test_last_seed(self) -> None:
-        torch.Generator().manual_seed(commands._LARGEST_SEED + commands._MOST_SEEDS - 1)
+        torch.Generator().manual_seed(compare_command._LARGEST_SEED + compare_command._MOST_SEEDS - 1)
 
 
 class TestCommand:
@@ -322,13 +406,15 @@ class TestCommand:
         assert capsys.readouterr().out.startswith("drsl, version ")
 
     def test_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.delitem(sys.modules, "drsl_kernels.robustness.commands")
+        for name in ("commands", "compare_command"):
+            monkeypatch.delitem(sys.modules, f"drsl_kernels.robustness.{name}")
         monkeypatch.setitem(sys.modules, "rich.console", None)  # as if rich were not installed
         with pytest.raises(SystemExit, match=re.escape("'rich': pip install 'drsl_kernels[lab]'")):
             main()
 
     def test_other_import_errors_are_not_hidden(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.delitem(sys.modules, "drsl_kernels.robustness.commands")
+        for name in ("commands", "compare_command"):
+            monkeypatch.delitem(sys.modules, f"drsl_kernels.robustness.{name}")
         monkeypatch.setitem(sys.modules, "drsl_kernels.robustness.pictures", None)
         with pytest.raises(ModuleNotFoundError, match="pictures"):
             main()

@@ -10,51 +10,35 @@ from typing import Any, Final, cast
 import click
 from rich.console import Console
 
-from .attack_losses import ATTACK_LOSSES
-from .attack_names import KINDS, TRAINING, AttackParameters, canonical_names, least_classes
+from .attack_names import canonical_names, least_classes
+from .attack_options import (
+    attack_parameters,
+    attacks_option,
+    check_package,
+    iterations_option,
+    queries_option,
+    restarts_option,
+    steps_option,
+    targets_option,
+)
 from .attack_parts import parts_of
 from .attack_report import RESULTS, check_lines, explanation, heading, results_table, write_results
 from .attack_run import AttackSettings, Subject, attack_checkpoint, load_subject
 from .attacks import NORMS, Norm
-from .autoattack import AUTOATTACK, require_package
-from .command_parts import ProgressBars, check_device, prepare_folder, reproducible
+from .command_parts import ProgressBars, check_device, keep_freed_memory, prepare_folder, reproducible
 from .data import PARTS, Part
 from .options import Folder, Radii
 
 __all__ = ["attack_command"]
 
 _DEFAULTS: Final = AttackSettings()
-_NUMBERS: Final = AttackParameters()
 _USUAL_EPS: Final[dict[str, float]] = {"linf": 8 / 255, "l2": 0.5}
 _MOST_THREADS: Final = 1024
 
 
-class _Attacks(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """Names of attacks with commas between, as canonical names."""
-
-    name = "attacks"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return canonical_names([part.strip() for part in value.split(",")])
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
 @click.command("attack")
 @click.argument("checkpoints", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="CHECKPOINT...")
-@click.option(
-    "--attacks",
-    type=_Attacks(),
-    default=",".join(_DEFAULTS.attacks),
-    show_default=True,
-    help=f"What to attack with, names with commas between, of {', '.join(KINDS)}. After fgsm, pgd, pgd-t and transfer "
-    f"a colon and what to make large may follow: {', '.join((*ATTACK_LOSSES, TRAINING))}, the last being the loss "
-    "that the checkpoint was trained with. pgd-t is PGD towards each of the likeliest wrong classes. "
-    f"{', '.join(AUTOATTACK)} need the extra 'autoattack'; the name autoattack stands for the standard four of them.",
-)
+@attacks_option(_DEFAULTS.attacks)
 @click.option(
     "--eps",
     "epsilons",
@@ -62,38 +46,14 @@ class _Attacks(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     help="How far an attack may change an image, pixels being from 0 to 1: each pixel (linf), or the Euclidean length "
     "of the change (l2). Several with commas between; fractions such as 8/255 will do.  [default: 8/255; 0.5 for l2]",
 )
-@click.option("--norm", type=click.Choice(NORMS), default=_NUMBERS.norm, show_default=True, help="What eps bounds.")
 @click.option(
-    "--steps", type=click.IntRange(min=1), default=_NUMBERS.steps, show_default=True, help="Gradient steps of PGD."
+    "--norm", type=click.Choice(NORMS), default=_DEFAULTS.parameters.norm, show_default=True, help="What eps bounds."
 )
-@click.option(
-    "--restarts",
-    type=click.IntRange(min=1),
-    default=_NUMBERS.restarts,
-    show_default=True,
-    help="Random starts of PGD. Those of AutoAttack have one, as in its standard version.",
-)
-@click.option(
-    "--targets",
-    type=click.IntRange(min=1),
-    default=_NUMBERS.targets,
-    show_default=True,
-    help="Classes that targeted attacks (pgd-t, apgd-t, fab-t) try, the likeliest wrong ones first.",
-)
-@click.option(
-    "--iterations",
-    type=click.IntRange(min=1),
-    default=_NUMBERS.iterations,
-    show_default=True,
-    help="Steps of APGD and FAB.",
-)
-@click.option(
-    "--queries",
-    type=click.IntRange(min=1),
-    default=_NUMBERS.queries,
-    show_default=True,
-    help="Points that Square looks at.",
-)
+@steps_option
+@restarts_option
+@targets_option
+@iterations_option
+@queries_option
 @click.option(
     "--transfer-from",
     "sources",
@@ -168,6 +128,7 @@ def attack_command(checkpoints: tuple[Path, ...], sources: tuple[Path, ...], **o
     A robust accuracy is an upper bound: take the worst case, over attacks of several kinds, one of them without
     gradients (square, transfer), and look at the warnings.
     """
+    keep_freed_memory()
     settings, out = _settings(options, bool(sources)), options["out"]
     check_device(settings.device)
     models = [_load(path, settings.device, "CHECKPOINT") for path in dict.fromkeys(checkpoints)]
@@ -210,20 +171,14 @@ def _settings(options: dict[str, Any], has_source: bool) -> AttackSettings:
         attacks = (*attacks, *canonical_names(["transfer"]))
     if norm != "linf" and any(name.startswith("fgsm") for name in attacks):
         raise click.BadParameter(f"fgsm is an attack in the norm linf, not {norm}", param_hint="--attacks")
-    if any(name in AUTOATTACK for name in attacks):
-        try:
-            require_package()
-        except ModuleNotFoundError as error:
-            raise click.ClickException(str(error)) from error
+    check_package(attacks)
     epsilons = options["epsilons"] or (_USUAL_EPS[norm],)
     if norm == "linf" and max(epsilons) > 1:
         raise click.BadParameter(f"{max(epsilons):g} is not from 0 to 1, as pixels are", param_hint="--eps")
     return AttackSettings(
         attacks=attacks,
         epsilons=epsilons,
-        parameters=AttackParameters(
-            norm, options["steps"], options["restarts"], options["targets"], options["iterations"], options["queries"]
-        ),
+        parameters=attack_parameters(options, norm),
         held_out=cast(Part, options["held_out"]),
         **{name: options[name] for name in ("samples", "check_samples", "batch_size", "seed", "device", "threads")},
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 from drsl_kernels import softmax_loss
 from drsl_kernels.spec import DISTANCES, Distance, Truth
 
-from .losses import BASELINE, TrainingLoss
+from .losses import BASELINE, SMOOTHED, TrainingLoss
 
 __all__ = ["ATTACK_LOSSES", "AttackLoss", "AttackLossName", "Objective", "margins_of", "objective_of", "per_sample"]
 
@@ -63,10 +63,11 @@ def per_sample(loss: TrainingLoss, *, label_smoothing: float = 0.0) -> Callable[
     """A training loss as something to attack with: (logits (N, C), y (N,)) -> losses (N,), not averaged."""
     # The name of a distance means cross-entropy with that distance; others are truth terms alone.
     truth, distance = ("ce", loss.name) if loss.name in DISTANCES else (loss.name, None)
+    smoothing = loss.smoothing(label_smoothing)
 
     def training(logits: Tensor, y: Tensor) -> Tensor:
-        if loss.name == BASELINE:
-            return F.cross_entropy(logits, y, reduction="none", label_smoothing=label_smoothing)
+        if loss.name in (BASELINE, SMOOTHED):
+            return F.cross_entropy(logits, y, reduction="none", label_smoothing=smoothing)
         return softmax_loss(
             logits,
             y,
@@ -74,7 +75,7 @@ def per_sample(loss: TrainingLoss, *, label_smoothing: float = 0.0) -> Callable[
             distance=cast("Distance | None", distance),
             tau=loss.tau,
             reduction="none",
-            label_smoothing=label_smoothing,
+            label_smoothing=smoothing,
         )
 
     return training

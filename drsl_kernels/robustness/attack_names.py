@@ -1,6 +1,6 @@
 """Attacks by name, as the command line knows them: `pgd:margin`, `square`, `transfer:ce`.
 
-Relies on the attacks themselves; `attack_run` and `attack_command` rely on it.
+Relies on the attacks themselves; `attack_run`, `judging` and the commands rely on it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ from .attacks import Model, Norm
 from .autoattack import AUTOATTACK, STANDARD, AutoAttackMember
 from .evaluate import Attack
 
-__all__ = ["KINDS", "AttackParameters", "canonical_names", "describe", "least_classes", "make_attack"]
+__all__ = [
+    "KINDS",
+    "AttackParameters",
+    "attacks_in_words",
+    "canonical_names",
+    "describe",
+    "least_classes",
+    "make_attack",
+]
 
 # The loss that is meant where none is named.
 _DEFAULT_LOSS: Final = {"fgsm": "log_odds", "pgd": "log_odds", "pgd-t": "margin", "transfer": "log_odds"}
@@ -103,6 +111,25 @@ def least_classes(name: str) -> int:
     return {"pgd-t:dlr": 4, "apgd-t": 4, "apgd-dlr": 3}.get(name, 3 if name.endswith(":dlr") else 2)
 
 
+def attacks_in_words(names: Sequence[str], parameters: AttackParameters) -> str:
+    """Which attacks these are, and how long they are tried."""
+    said = {
+        "fgsm": "fgsm with one step",
+        "pgd:": f"PGD with {parameters.steps} steps and {_count(parameters.restarts, 'random start')}",
+        "pgd-t": f"the same towards {_count(parameters.targets, 'wrong class', 'es')} (pgd-t)",
+        "transfer": f"PGD-{parameters.steps} on another model, its points shown to this one (transfer)",
+        "apgd": f"APGD with {parameters.iterations} steps",
+        "fab": f"FAB with {parameters.iterations} steps",
+        "square": f"Square with {parameters.queries} queries",
+    }
+    found = []
+    for begin, text in said.items():
+        losses = [name.partition(":")[2] for name in names if name.startswith(begin)]
+        if losses:
+            found.append(text + (f" on {', '.join(losses)}" if all(losses) else ""))
+    return ", ".join(found)
+
+
 def describe(attack: AnyAttack) -> dict[str, Any]:
     """All that decides what an attack does, but for the models and the radius, as names and numbers."""
     fields = {field: getattr(attack, field) for field in type(attack).__dataclass_fields__}  # type: ignore[attr-defined]
@@ -112,6 +139,10 @@ def describe(attack: AnyAttack) -> dict[str, Any]:
     if "loss" in fields:
         fields["loss"] = loss_name(fields["loss"])
     return {"kind": type(attack).__name__, **fields}
+
+
+def _count(number: int, what: str, plural: str = "s") -> str:
+    return f"{number} {what}{'' if number == 1 else plural}"
 
 
 def _canonical(name: str) -> str:

@@ -5,7 +5,6 @@ Relies on `storage`, `attack_table` and `masking`; `attack_run` relies on it.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from .attack_table import AttackOutcome
+from .identity import plain
 from .masking import Check
 from .storage import read_json, write_json
 
@@ -66,7 +66,7 @@ class FinishedParts:
 
     def _kept(self, name: str, asked: dict[str, Any]) -> Any:
         content = None if self.fresh else read_json(self._path(name))
-        if not isinstance(content, dict) or content.get("identity") != _plain(self.identity | asked):
+        if not isinstance(content, dict) or content.get("identity") != plain(self.identity | asked):
             return None
         return content.get("result")
 
@@ -86,8 +86,3 @@ def _as_outcome(content: Any, images: int) -> AttackOutcome | None:
         return AttackOutcome(**content | {"fell": torch.tensor(fell, dtype=torch.int64)})
     except (KeyError, TypeError):
         return None
-
-
-def _plain(content: Any) -> Any:
-    """As JSON gives it back."""
-    return json.loads(json.dumps(content))

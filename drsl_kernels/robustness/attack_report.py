@@ -14,8 +14,9 @@ from typing import Any, Final
 from rich.table import Table
 from rich.text import Text
 
+from .attack_names import attacks_in_words
 from .attack_run import Attacked, AttackSettings
-from .experiment import environment
+from .identity import environment
 from .masking import Check
 from .storage import write_atomically, write_json
 
@@ -37,19 +38,9 @@ def explanation(settings: AttackSettings, results: Sequence[Attacked]) -> dict[s
         if numbers.norm == "linf"
         else "pixels in [0, 1], the Euclidean length of an image's change at most eps"
     )
-    said = {
-        "fgsm": "fgsm with one step",
-        "pgd:": f"PGD with {numbers.steps} steps and {numbers.restarts} random starts",
-        "pgd-t": f"the same towards {numbers.targets} wrong classes (pgd-t)",
-        "transfer": f"PGD-{numbers.steps} on another model, its points shown to this one (transfer)",
-        "apgd": f"APGD with {numbers.iterations} steps",
-        "fab": f"FAB with {numbers.iterations} steps",
-        "square": f"Square with {numbers.queries} queries",
-    }
-    ran = ", ".join(text for begin, text in said.items() if any(name.startswith(begin) for name in settings.attacks))
     return {
         "accuracy": f"percent of {images} {settings.held_out} images of {datasets}",
-        "attack": f"{ran}; {ball}; each attack on its own",
+        "attack": f"{attacks_in_words(settings.attacks, numbers)}; {ball}; each attack on its own",
         "worst case": "images that survive every attack, sample by sample, at this eps and every smaller one",
     }
 

@@ -26,7 +26,7 @@ from .attack_table import AttackOutcome, AttackTable, run_attack
 from .checkpoint import LoadedModel, load_model
 from .data import Part, load
 from .evaluate import Search
-from .experiment import environment
+from .identity import digest_of_file, digest_of_tensors, environment
 from .losses import TrainingLoss
 from .masking import Check
 
@@ -116,7 +116,7 @@ class Progress(Protocol):
 
 def load_subject(path: Path, device: str) -> Subject:
     """Raises what `checkpoint.load_model` does."""
-    return Subject(path, hashlib.sha256(path.read_bytes()).hexdigest(), load_model(path, device=device))
+    return Subject(path, digest_of_file(path), load_model(path, device=device))
 
 
 def attack_checkpoint(
@@ -152,7 +152,7 @@ def attack_checkpoint(
         "revision": _REVISION,
         "environment": environment(),
         "checkpoint": subject.digest,
-        "images": _digest_of(x, y),
+        "images": digest_of_tensors(x, y),
         "batch_size": settings.batch_size,
         "seed": settings.seed,
         "device": settings.device,
@@ -242,11 +242,9 @@ def _checks(
 
     look: dict[str, Any] = {"batch_size": settings.batch_size}
     generator = torch.Generator(device=settings.device).manual_seed(settings.seed)
-    falls = partial(masking.falls_with_eps, model, few, labels, norm=norm, generator=generator, **look)
-    keep("gradients", partial(masking.gradients_vanish, model, few, labels, **look))
-    keep("saturation", partial(masking.softmax_saturates, model, few, labels, **look))
-    keep("randomness", partial(masking.outputs_vary, model, few, **look))
-    keep("large eps", falls)
+    of_model = masking.checks_of_model(model, few, labels, norm=norm, generator=generator, **look)
+    for name, make in of_model.items():
+        keep(name, make)
     found.append(masking.never_rises(table))
     for eps in settings.epsilons:
         found.append(masking.black_box_beats_white_box(table, eps))
@@ -259,11 +257,3 @@ def _seed(seed: int, asked: dict[str, Any]) -> int:
     """A seed for each attack and radius, so that none depends on which ran before it."""
     digest = hashlib.sha256(json.dumps([seed, asked], sort_keys=True).encode()).digest()
     return int.from_bytes(digest[:7], "big")
-
-
-def _digest_of(*tensors: Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -1,20 +1,44 @@
-"""What commands share: checks of a device and a folder, what makes runs repeatable, progress bars.
+"""What commands share: checks of a device and a folder, memory, what makes runs repeatable, progress bars.
 
-`commands` and the commands in files of their own rely on it.
+The commands rely on it.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 import click
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-__all__ = ["ProgressBars", "check_device", "prepare_folder", "reproducible"]
+__all__ = ["ProgressBars", "check_device", "fix_cublas", "keep_freed_memory", "prepare_folder", "reproducible"]
+
+# Of glibc's malloc.h, with the largest values that its releases take.
+_TRIM_THRESHOLD: Final = (-1, (2**31 - 1,))
+_MMAP_THRESHOLD: Final = (-3, (2**30, 2**25))
+
+
+def keep_freed_memory() -> None:
+    """Let the process keep the memory that tensors free, for the tensors that come next.
+
+    glibc gives large blocks back to the system as soon as they are freed, and the system fills every page with zeros
+    when it hands it out again. A training or attack step on images of 28x28 pixels frees and takes many such blocks,
+    and spends a third to a half of its time on that: PGD on 1000 images took 766 ms a step, and 379 ms without. The
+    process needs no more memory at its peak, but does not shrink between peaks. Where the C library has no `mallopt`
+    (musl, macOS) nothing is done. The environment variables MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ do the
+    same for a program of your own.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is None:
+        return
+    for parameter, values in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
+        any(mallopt(parameter, value) == 1 for value in values)  # the first that is taken
 
 
 def check_device(device: str) -> None:
@@ -25,10 +49,16 @@ def check_device(device: str) -> None:
         raise click.BadParameter(f"cannot use {device!r} here: {reason}", param_hint="--device") from error
 
 
+def fix_cublas(device: str) -> None:
+    """On a GPU let products be summed in one order; this is read when a GPU is first used."""
+    if device.startswith("cuda"):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 def prepare_folder(folder: Path, files: Sequence[Path]) -> None:
     """Find out before the work, not after it, that results cannot be written."""
     for place in dict.fromkeys([folder, *(file.parent for file in files)]):
-        probe = place / ".writable"
+        probe = place / f".writable-{os.getpid()}"
         try:
             place.mkdir(parents=True, exist_ok=True)
             probe.touch()
@@ -86,6 +116,9 @@ class ProgressBars:
 
     def end_run(self) -> None:
         self._bars.advance(self._all)
+
+    def note(self, text: str) -> None:
+        self._bars.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def begin_timing(self) -> None:
         self._bars.reset(self._current, total=None, description="timing the losses side by side")

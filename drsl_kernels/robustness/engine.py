@@ -3,14 +3,15 @@
 A folder holds settings.json, last.pt (everything that going on needs), best.pt (the model of the best epoch on held-out
 training images; the test images are never loaded), metrics.csv and tensorboard/. Each file is whole or absent at every
 moment, and last.pt is written last: whatever comes after it in a run that was killed is done again, with the same
-result. Relies on `train`, `validation`, `checkpoint`, `training_logs`, `data` and `models`; `train_command` relies on
-it.
+result. Relies on `train`, `validation`, `checkpoint`, `training_logs`, `data` and `models`; `train_command` and
+`experiment` rely on it.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import Any, Final, Protocol
 
 import torch
@@ -30,7 +31,19 @@ from .train import EpochLog, EpochSums, make_optimizer, make_scaler, train_epoch
 from .training_logs import Curves, EpochRow, write_metrics
 from .validation import Validation, validate
 
-__all__ = ["FILES", "Outcome", "Progress", "Silent", "read_settings", "run"]
+__all__ = [
+    "BEST",
+    "CURVES",
+    "FILES",
+    "LAST",
+    "METRICS",
+    "SETTINGS",
+    "Outcome",
+    "Progress",
+    "Silent",
+    "read_settings",
+    "run",
+]
 
 SETTINGS: Final = "settings.json"
 LAST: Final = "last.pt"
@@ -99,6 +112,7 @@ def run(
     resume: bool = False,
     world: World | None = None,
     checkpoint_batches: int = 0,
+    checkpoint_seconds: float = 0.0,
     tensorboard: bool = True,
     progress: Progress | None = None,
 ) -> Outcome:
@@ -110,10 +124,13 @@ def run(
         resume: go on with the run in the folder; begin one where there is none.
         world: the processes that train together; rank 0 alone writes.
         checkpoint_batches: write last.pt after so many batches, too, not only after each epoch; 0 for not.
+        checkpoint_seconds: write last.pt not after each epoch, but whenever so many seconds have passed since it was
+            written, in the middle of an epoch, too, and at the end; for one process alone. 0 for not. Short epochs are
+            not held up by writing, and of long ones little is lost.
         tensorboard: write event files, where the package tensorboard is installed.
 
     All images are kept on the device. The weights depend on settings, number of processes, software and type of
-    machine alone: not on how often the run was interrupted and resumed, nor on `checkpoint_batches`.
+    machine alone: not on how often the run was interrupted and resumed, nor on when checkpoints are written.
 
     Raises:
         FileExistsError: the folder holds a run, and `resume` is False.
@@ -123,9 +140,11 @@ def run(
             last.pt and best.pt stay as they were.
     """
     world, progress = world or World(), progress or Silent()
+    if checkpoint_seconds and world.size > 1:
+        raise ValueError(f"checkpoint_seconds must be 0 with several processes, got {checkpoint_seconds!r}")
     _check_folder(settings, folder, resume, world, progress)
     with deterministic(settings.threads), own_random_state(torch.device(settings.device)):
-        training = _Training(settings, folder, world, progress)
+        training = _Training(settings, folder, world, progress, checkpoint_batches, checkpoint_seconds)
         if resume and (folder / LAST).exists():
             training.load(load_checkpoint(folder / LAST))
         world.wait()  # no process writes before all have looked
@@ -145,7 +164,7 @@ def run(
             progress.note("No TensorBoard curves: the package tensorboard is not installed.")
         with curves:
             while not training.finished:
-                training.epoch(checkpoint_batches, curves)
+                training.epoch(curves)
     rows = tuple(training.rows)
     return Outcome(rows, rows[training.best_epoch - 1], was_finished)
 
@@ -185,6 +204,8 @@ class _Training:
     folder: Path
     world: World
     progress: Progress
+    checkpoint_batches: int
+    checkpoint_seconds: float
     rows: list[EpochRow] = field(default_factory=list)
     best_epoch: int = 0
     sums: EpochSums | None = None  # of an epoch that was interrupted
@@ -205,12 +226,13 @@ class _Training:
         self.scaler = make_scaler(settings.recipe, device)
         self.order = torch.Generator().manual_seed(settings.seed)
         self.batches = -(-len(self.split.train_y) // settings.recipe.batch_size)
+        self.written = monotonic()
 
     @property
     def finished(self) -> bool:
         return len(self.rows) == self.settings.recipe.epochs
 
-    def epoch(self, checkpoint_batches: int, curves: Curves) -> None:
+    def epoch(self, curves: Curves) -> None:
         """Train for the next epoch or the rest of it, validate, write."""
         epoch, order = len(self.rows) + 1, self.order.get_state()
         recipe = self.settings.recipe
@@ -218,7 +240,7 @@ class _Training:
 
         def on_batch(sums: EpochSums) -> None:
             self.progress.batch()
-            if checkpoint_batches and sums.batches % checkpoint_batches == 0 and sums.batches < self.batches:
+            if sums.batches < self.batches and self._is_time(sums.batches):
                 sums.look(self.world, self.settings.loss, recipe, epoch)
                 self._save_last(order, sums, f"epoch {epoch}, batch {sums.batches}")
 
@@ -247,7 +269,11 @@ class _Training:
         if self.world.rank == 0:
             curves.add(row)
             write_metrics(self.folder / METRICS, self.rows)
-        self._save_last(self.order.get_state(), EpochSums(), f"epoch {epoch}, batch {self.batches}")
+        place = f"epoch {epoch}, batch {self.batches}"
+        if self.finished or not self.checkpoint_seconds or self._is_time(0):
+            self._save_last(self.order.get_state(), EpochSums(), place)
+        else:
+            self._check_weights(place)
         self.progress.epoch(row, is_best)
 
     def load(self, content: dict[str, Any]) -> None:
@@ -278,9 +304,7 @@ class _Training:
 
     def _save_last(self, order: Tensor, sums: EpochSums, place: str) -> None:
         """`order` is the state of the generator at the start of the epoch that comes next or goes on."""
-        for name, parameter in self.model.named_parameters():
-            if not bool(parameter.isfinite().all()):
-                raise FloatingPointError(f"the weights {name} are not finite after {place}")
+        self._check_weights(place)
         state = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -291,6 +315,18 @@ class _Training:
             "seconds": sums.elapsed(),
         }
         self._save(LAST, {"state": state})
+        self.written = monotonic()
+
+    def _is_time(self, batches: int) -> bool:
+        """Whether a checkpoint is due after so many batches of an epoch that goes on."""
+        if self.checkpoint_seconds and monotonic() - self.written >= self.checkpoint_seconds:
+            return True
+        return bool(self.checkpoint_batches) and batches % self.checkpoint_batches == 0
+
+    def _check_weights(self, place: str) -> None:
+        for name, parameter in self.model.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                raise FloatingPointError(f"the weights {name} are not finite after {place}")
 
     def _save(self, name: str, more: dict[str, Any]) -> None:
         if self.world.rank == 0:

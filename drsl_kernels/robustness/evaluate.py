@@ -1,6 +1,6 @@
 """Robust accuracy: which samples survive every attack of a list, at several sizes of perturbation.
 
-Relies on `attacks` and `attack_kinds`; `experiment` and `attack_table` rely on it.
+Relies on `attacks` and `attack_kinds`; `judging` and `attack_table` rely on it.
 """
 
 from __future__ import annotations
@@ -91,12 +91,16 @@ class WorstCase:
         robust: bool (E, N), classified correctly at every point that any attack tried within that radius.
         points: (E, N, ...), for each sample the point of lowest margin found within that radius; it may come
             from a smaller radius, or be the sample itself.
+        fell: int64 (N, 3), on the CPU: at which radius, to which attack and at which of its starts the sample fell, as
+            indices into `epsilons` and the attacks, and the start counted from 1. (-1, -1, 0) where it was
+            misclassified without an attack; (E, -1, 0) where it survived them all.
     """
 
     epsilons: tuple[float, ...]
     clean_correct: Tensor
     robust: Tensor
     points: Tensor
+    fell: Tensor
 
     def clean_accuracy(self) -> float:
         return self.clean_correct.double().mean().item()
@@ -147,16 +151,19 @@ def worst_case(
     search = Search(model, x, y, bounds, batch_size, generator)
     clean_correct = search.robust()
     robust, points = [], []
-    for eps in epsilons:
-        for attack in attacks:
-            for _ in range(attack.restarts):
+    fell = torch.tensor([[-1, -1, 0]]).repeat(len(y), 1)
+    fell[clean_correct.cpu(), 0] = len(epsilons)
+    for radius, eps in enumerate(epsilons):
+        for number, attack in enumerate(attacks):
+            for start in range(1, attack.restarts + 1):
                 if eps > 0:
                     search.restart(attack, eps)
+                    fell[(fell[:, 0] == len(epsilons)) & ~search.robust().cpu()] = torch.tensor([radius, number, start])
                 if on_restart is not None:
                     on_restart(eps, attack)
         robust.append(search.robust())
         points.append(search.points.clone())
-    return WorstCase(epsilons, clean_correct, torch.stack(robust), torch.stack(points))
+    return WorstCase(epsilons, clean_correct, torch.stack(robust), torch.stack(points), fell)
 
 
 def second_largest_softmax(model: Model, x: Tensor, *, batch_size: int = 256) -> Tensor:

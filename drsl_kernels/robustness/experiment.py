@@ -1,40 +1,54 @@
 """The comparison: train with each loss and seed, attack the result, keep what was found.
 
-`Settings` says all that decides the numbers, `compare` does the work, `RunResult` and `Comparison` hold the
-outcome. Finished runs are kept in a folder and used again when all that decides their numbers is the same.
-Relies on `train`, `evaluate`, `timing`, `data`, `models` and `storage`; `report`, `pictures` and `commands`
-rely on it.
+`Settings` says all that decides the numbers, `compare` does the work, `Comparison` holds the outcome. Each run has a
+folder, as `drsl train` fills it, with what judging and the masking checks found beside the weights; whatever is
+finished there is used again when all that decides it is the same. Relies on `engine`, `judging`, `run_checks`, `timing`
+and `data`; the reports, the pictures and `compare_command` rely on it.
 """
 
 from __future__ import annotations
 
-import platform
+import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-import torch
+from torch import Tensor, nn
 
-from drsl_kernels import info
+from . import engine
+from .checkpoint import load_model
+from .data import dataset_info, load
+from .identity import digest_of_file, digest_of_tensors, environment, plain
+from .judging import JUDGED, Judging, RunResult, judge, load_result, save_result
+from .losses import TrainingLoss
+from .masking import Check
+from .models import make_model
+from .run_checks import (
+    CHECKS,
+    Finding,
+    check_model,
+    checks_of_cascade,
+    count_checks,
+    findings,
+    load_checks,
+    save_checks,
+)
+from .settings import TrainingSettings, default_settings, differences
+from .timing import EpochTime, Timed, plan_timing, time_epochs
+from .training_logs import EpochRow
 
-from .attacks import ATTACK_LOSSES, AttackLossName
-from .data import Part, Split, digits
-from .evaluate import Attack, second_largest_softmax, worst_case
-from .insight import Plane, feature_planes, wrong_class_distances
-from .losses import BASELINE, TrainingLoss
-from .models import small_cnn
-from .storage import read_json, write_json
-from .timing import EpochTime, time_epochs
-from .train import EpochLog, Recipe, train
+__all__ = ["Comparison", "Progress", "Settings", "compare", "run_folder"]
 
-__all__ = ["Comparison", "Progress", "RunResult", "Settings", "compare", "environment", "run_path"]
+# Part of every judged run's identity. Raise it when a change to attacks or data changes the numbers.
+_REVISION: Final = 3
 
-# Part of every run's identity. Raise it when a change to training, attacks or data changes the numbers.
-_REVISION: Final = 2
+# The same for the masking checks, whose numbers are kept apart.
+_CHECKS_REVISION: Final = 1
 
-_HISTOGRAM_EPS: Final = 0.1
+# Of training that is killed, no more is lost than this.
+_CHECKPOINT_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True)
@@ -42,88 +56,60 @@ class Settings:
     """What decides the numbers of a run, besides its loss and its seed.
 
     Attributes:
-        recipe: how to train.
-        epsilons: radii of the attacks in the L-infinity norm, pixels being in [0, 1].
-        attack_losses: what the attacks ascend; a sample must survive all of them.
-        steps, restarts: of each attack.
-        held_out: the images to judge with, "test" or "validation" (see `digits`).
-        samples: use only so many training images and as many held-out ones; None for all.
-        device, threads: where it is computed, and on how many CPU threads.
+        training: how every run is trained, and where it is computed; its loss and its seed are replaced.
+        judging: the images to judge with, and the attacks.
+        check_images: how many of these the masking checks look at; 0 for no checks.
+
+    Raises:
+        ValueError: check_images below 0.
     """
 
-    recipe: Recipe = field(default_factory=Recipe)
-    epsilons: tuple[float, ...] = (0.05, 0.1, 0.15, 0.2, 0.3)
-    attack_losses: tuple[AttackLossName, ...] = ("log_odds", "margin", "ce")
-    steps: int = 20
-    restarts: int = 5
-    held_out: Part = "test"
-    samples: int | None = None
-    device: str = "cpu"
-    threads: int = 1
+    training: TrainingSettings = field(default_factory=lambda: default_settings("digits"))
+    judging: Judging = field(default_factory=Judging)
+    check_images: int = 256
 
     def __post_init__(self) -> None:
-        if not self.epsilons or not all(0 <= eps <= 1 for eps in self.epsilons):
-            raise ValueError(f"eps must be between 0 and 1 (pixels are), got {self.epsilons!r}")
-        unknown = [name for name in self.attack_losses if name not in ATTACK_LOSSES]
-        if unknown or not self.attack_losses:
-            raise ValueError(f"attack_losses must be among {ATTACK_LOSSES!r}, got {self.attack_losses!r}")
-        if self.samples is not None and self.samples < 1:
-            raise ValueError(f"samples must be 1 or more, got {self.samples!r}")
-        self.attacks()
-        object.__setattr__(self, "epsilons", tuple(sorted(set(self.epsilons))))
+        if self.check_images < 0:
+            raise ValueError(f"check_images must be 0 or more, got {self.check_images!r}")
 
-    def attacks(self) -> list[Attack]:
-        return [Attack(loss, steps=self.steps, restarts=self.restarts) for loss in self.attack_losses]
+    def of_run(self, loss: TrainingLoss, seed: int) -> TrainingSettings:
+        return replace(self.training, loss=loss, seed=seed)
 
-    def histogram_eps(self) -> float:
-        """The radius of the "after" histograms: the one nearest to 0.1."""
-        return min(self.epsilons, key=lambda eps: abs(eps - _HISTOGRAM_EPS))
-
-    def load(self) -> Split:
-        split = digits(self.held_out)
-        return (split if self.samples is None else split.first(self.samples)).to(self.device)
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """One loss, one seed.
-
-    Accuracies are fractions of `images` held-out images; `robust_accuracy` has one value per radius. The
-    second largest softmax values are those of the held-out images, before and after the worst attack found
-    within `Settings.histogram_eps`. Of each image also: `distances` of the wrong classes' softmax from their
-    average, without an attack, and whether it `survived` that attack. `planes` shows features before and after.
-    """
-
-    loss: TrainingLoss
-    seed: int
-    images: int
-    clean_accuracy: float
-    robust_accuracy: tuple[float, ...]
-    epochs: tuple[EpochLog, ...]
-    second_largest_before: tuple[float, ...]
-    second_largest_after: tuple[float, ...]
-    distances: tuple[float, ...]
-    survived: tuple[bool, ...]
-    planes: tuple[Plane, ...]
+    def as_json(self) -> dict[str, Any]:
+        training = _training_json(self.training, without=("loss", "seed"))
+        return {"training": training, **self.judging.as_json(), "check_images": self.check_images}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The outcome of `compare`: runs by loss, then seed; `reused` counts those found in the folder."""
+    """The outcome of `compare`: runs by loss, then seed, and the masking checks of each; `reused` counts the runs that
+    were found judged.
+    """
 
     settings: Settings
     losses: tuple[TrainingLoss, ...]
     seeds: tuple[int, ...]
     runs: tuple[RunResult, ...]
+    checks: tuple[tuple[Check, ...], ...]
     times: dict[TrainingLoss, EpochTime]
+    timed: Timed
     reused: int
 
     def of(self, loss: TrainingLoss) -> list[RunResult]:
         return [run for run in self.runs if run.loss == loss]
 
+    def findings(self) -> list[Finding]:
+        """What the masking checks come to, loss by loss."""
+        found = []
+        for loss in self.losses:
+            pairs = zip(self.runs, self.checks, strict=True)
+            found += findings(loss, [checks for run, checks in pairs if run.loss == loss])
+        return found
+
     def accuracy_by_eps(self, run: RunResult) -> dict[float, float]:
         """A run's accuracies, ascending in eps; eps 0 is the clean one."""
-        return {0.0: run.clean_accuracy} | dict(zip(self.settings.epsilons, run.robust_accuracy, strict=True))
+        radii = self.settings.judging.epsilons
+        return {0.0: run.clean_accuracy} | dict(zip(radii, run.robust_accuracy, strict=True))
 
 
 class Progress(Protocol):
@@ -141,6 +127,9 @@ class Progress(Protocol):
     def begin_timing(self) -> None:
         """All runs are finished; what remains is to time the losses."""
 
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+
 
 def compare(
     settings: Settings,
@@ -153,161 +142,191 @@ def compare(
 ) -> Comparison:
     """Make every run that `folder` does not hold yet, then time the losses side by side.
 
-    Runs are kept in folder/runs, one file each, written when the run is complete. A file is used again only
-    if it is whole and was made with the same settings, loss, seed, software and machine type; `fresh` ignores
-    them all.
-    Within a seed all losses start from the same weights and see the images in the same order.
+    Each run has a folder of its own below folder/runs: see `engine` for what training keeps there, and how it goes on
+    after a kill. A trained model is used again if its settings are the same, what judging found if moreover weights,
+    images, attacks, software and machine type are; `fresh` begins every run anew. A folder of other settings is
+    emptied and used. Within a seed all losses start from the same weights and see the images in the same order.
+
+    Raises:
+        FloatingPointError: training or a model gives NaN.
+        FileNotFoundError: the data are missing.
+        FileExistsError, ValueError: a run's folder holds something that training cannot go on from.
     """
-    split = settings.load()
-    (folder / "runs").mkdir(parents=True, exist_ok=True)
-    runs = []
+    training = settings.training
+    split = load(training.dataset, data_dir=training.data_dir, held_out=settings.judging.held_out)
+    x, y = (part[: settings.judging.images] for part in (split.held_out_x, split.held_out_y))
+    images = digest_of_tensors(x, y)
+    x, y = x.to(training.device), y.to(training.device)
+    runs, checks = [], []
     reused = 0
     for loss in losses:
         for seed in seeds:
-            path = run_path(folder, loss, seed)
-            identity = _identity(settings, loss, seed)
-            run = None if fresh else _load(path, identity)
-            progress.begin_run(f"{loss}, seed {seed}", _steps(settings))
-            if run is None:
-                run = _run(settings, split, loss, seed, progress)
-                write_json(path, {"identity": identity, "result": asdict(run)})
+            place = run_folder(folder, loss, seed)
+            run = _Run(settings, loss, seed, place, images, progress)
+            progress.begin_run(f"{loss}, seed {seed}", run.steps())
+            run.make_way(fresh)
+            result = run.judged()
+            if result is None:
+                result = run.judge(x, y)
             else:
                 reused += 1
-            runs.append(run)
+            runs.append(result)
+            checks.append(tuple(run.check(result, x, y)))
             progress.end_run()
     progress.begin_timing()
-    times = time_epochs(losses, partial(small_cnn, seed=seeds[0]), split.train_x, split.train_y, settings.recipe)
-    return Comparison(settings, tuple(losses), tuple(seeds), tuple(runs), times, reused)
+    times, timed = _time(settings, losses, seeds[0], split.train_x, split.train_y)
+    return Comparison(settings, tuple(losses), tuple(seeds), tuple(runs), tuple(checks), times, timed, reused)
 
 
-def run_path(folder: Path, loss: TrainingLoss, seed: int) -> Path:
-    """The file that keeps a finished run."""
-    return folder / "runs" / f"{loss.name}-tau{loss.tau_text()}-seed{seed}.json"
+def run_folder(folder: Path, loss: TrainingLoss, seed: int) -> Path:
+    """The folder of a run."""
+    return folder / "runs" / f"{loss.name}-tau{loss.tau_text()}-seed{seed}"
 
 
-def environment() -> dict[str, str]:
-    """The software and the type of machine, on which numbers depend in their last digits."""
-    software = info()
-    return {
-        "drsl_kernels": software.version,
-        "backends": "; ".join(f"{b.name}: {b.detail}" for b in software.backends if b.usable),
-        "torch": software.torch,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-    }
+@dataclass
+class _Run:
+    """One loss and seed, in its folder."""
+
+    settings: Settings
+    loss: TrainingLoss
+    seed: int
+    folder: Path
+    images: str  # their digest
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        self.training = self.settings.of_run(self.loss, self.seed)
+
+    def steps(self) -> int:
+        checks = count_checks(self.settings.judging) if self.settings.check_images else 0
+        return self.training.recipe.epochs + self.settings.judging.starts() + checks
+
+    def make_way(self, fresh: bool) -> None:
+        """Empty the folder of a run that was made with other settings, or of any."""
+        if not fresh:
+            before = engine.read_settings(self.folder)
+            if before is None:
+                return
+            different = differences(before.as_json(), self.training.as_json())
+            if not different:
+                return
+            self.progress.note(f"{self.folder} was made with other settings and is made anew: {'; '.join(different)}")
+        # The settings go last: if this is interrupted, the next attempt finds that they are others.
+        for name in (CHECKS, JUDGED, engine.LAST, engine.BEST, engine.METRICS, engine.SETTINGS):
+            (self.folder / name).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / engine.CURVES, ignore_errors=True)
+
+    def judged(self) -> RunResult | None:
+        """What judging found, if it has been done; training is finished then."""
+        if engine.read_settings(self.folder) is None or not (self.folder / engine.BEST).exists():
+            return None
+        return load_result(self.folder / JUDGED, self._identity())
+
+    def judge(self, x: Tensor, y: Tensor) -> RunResult:
+        """Train, or go on with it, then attack."""
+        outcome = engine.run(
+            self.training,
+            self.folder,
+            resume=True,
+            tensorboard=False,
+            checkpoint_seconds=_CHECKPOINT_SECONDS,
+            progress=_Epochs(self.progress),
+        )
+        result = judge(
+            self._model(),
+            x,
+            y,
+            self.settings.judging,
+            loss=self.loss,
+            label_smoothing=self.training.recipe.label_smoothing,
+            seed=self.seed,
+            epochs=outcome.rows,
+            best_epoch=outcome.best.epoch,
+            on_start=lambda eps, attack: self.progress.step(f"{attack.name}, eps {eps:.4g}"),
+        )
+        save_result(self.folder / JUDGED, self._identity(), result)
+        return result
+
+    def check(self, result: RunResult, x: Tensor, y: Tensor) -> list[Check]:
+        """The masking checks, of the first images; of those that look at the model what was found before is used."""
+        judging, few = self.settings.judging, self.settings.check_images
+        if not few:
+            return []
+        identity = self._identity() | {"checks_revision": _CHECKS_REVISION, "check_images": few}
+        found = load_checks(self.folder / CHECKS, identity)
+        if found is None:
+            made = []
+            for check in check_model(self._model(), x[:few], y[:few], judging, seed=self.seed):
+                made.append(check)
+                self.progress.step(f"checking {check.name}")
+            found = tuple(made)
+            save_checks(self.folder / CHECKS, identity, found)
+        return [*found, *checks_of_cascade(result, judging)]
+
+    def _model(self) -> nn.Module:
+        return load_model(self.folder / engine.BEST, device=self.training.device).model
+
+    def _identity(self) -> dict[str, Any]:
+        """All that decides what judging finds, as JSON gives it back."""
+        identity: dict[str, Any] = plain(
+            {
+                "revision": _REVISION,
+                "environment": environment(),
+                "weights": digest_of_file(self.folder / engine.BEST),
+                "training": _training_json(self.training),
+                "judging": self.settings.judging.identity(),
+                "images": self.images,
+            }
+        )
+        return identity
 
 
-def _run(settings: Settings, split: Split, loss: TrainingLoss, seed: int, progress: Progress) -> RunResult:
-    model = small_cnn(seed).to(settings.device)
-    logs = train(
-        model,
-        split.train_x,
-        split.train_y,
-        loss,
-        settings.recipe,
-        generator=torch.Generator().manual_seed(seed),
-        on_epoch=lambda _: progress.step("training"),
-    )
-    x, y = split.held_out_x, split.held_out_y
-    found = worst_case(
-        model,
-        x,
-        y,
-        epsilons=settings.epsilons,
-        attacks=settings.attacks(),
-        generator=torch.Generator(device=settings.device).manual_seed(seed),
-        on_restart=lambda eps, _: progress.step(f"attacking, eps {eps:.4g}"),
-    )
-    radius = found.epsilons.index(settings.histogram_eps())
-    attacked = found.points[radius]
-    return RunResult(
-        loss=loss,
+class _Epochs(engine.Silent):
+    """Hands the progress of training on, epoch by epoch."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._done = 0
+
+    def begin(self, settings: TrainingSettings, epoch: int, batches: int, batch: int) -> None:
+        while self._done < epoch - 1:  # those of an earlier process
+            self._step()
+
+    def epoch(self, row: EpochRow, best: bool) -> None:
+        self._step()
+
+    def note(self, text: str) -> None:
+        self._progress.note(text)
+
+    def _step(self) -> None:
+        self._done += 1
+        self._progress.step("training")
+
+
+def _training_json(training: TrainingSettings, without: Sequence[str] = ()) -> dict[str, Any]:
+    """What decides the weights: where the data lie does not."""
+    return {name: value for name, value in training.as_json().items() if name not in ("data_dir", *without)}
+
+
+def _time(
+    settings: Settings, losses: Sequence[TrainingLoss], seed: int, x: Tensor, y: Tensor
+) -> tuple[dict[TrainingLoss, EpochTime], Timed]:
+    """Seconds per epoch over all training images; of a large data set a part is timed, and scaled."""
+    training, info = settings.training, dataset_info(settings.training.dataset)
+    # A schedule would end before the rounds do.
+    recipe = replace(training.recipe, schedule="constant", milestones=(), warmup_epochs=0.0)
+    make = partial(
+        make_model,
+        training.model,
+        shape=info.shape,
+        classes=info.classes,
         seed=seed,
-        images=len(y),
-        clean_accuracy=found.clean_accuracy(),
-        robust_accuracy=found.robust_accuracy(),
-        epochs=tuple(logs),
-        second_largest_before=tuple(second_largest_softmax(model, x).tolist()),
-        second_largest_after=tuple(second_largest_softmax(model, attacked).tolist()),
-        distances=tuple(wrong_class_distances(model, x, y).tolist()),
-        survived=tuple(found.robust[radius].tolist()),
-        planes=feature_planes(model, x, attacked, y),
+        mean=info.mean,
+        std=info.std,
     )
-
-
-def _steps(settings: Settings) -> int:
-    return settings.recipe.epochs + len(settings.epsilons) * len(settings.attack_losses) * settings.restarts
-
-
-def _identity(settings: Settings, loss: TrainingLoss, seed: int) -> dict[str, Any]:
-    """All that decides a run's numbers, as JSON gives it back (lists for tuples)."""
-    content = asdict(settings) | {
-        "recipe": settings.recipe.as_json(),
-        "epsilons": list(settings.epsilons),
-        "attack_losses": list(settings.attack_losses),
-    }
-    return {
-        "revision": _REVISION,
-        "environment": environment(),
-        "loss": asdict(loss),
-        "seed": seed,
-        "settings": content,
-    }
-
-
-def _load(path: Path, identity: dict[str, Any]) -> RunResult | None:
-    content = read_json(path)
-    if not isinstance(content, dict) or content.keys() != {"identity", "result"}:
-        return None
-    if content["identity"] != identity:
-        return None
-    try:
-        run = _as_run(content["result"])
-    except (KeyError, TypeError, ValueError):  # not what asdict(RunResult) gives
-        return None
-    return run if _is_sound(run, identity) else None
-
-
-def _as_run(result: Any) -> RunResult:
-    return RunResult(
-        loss=TrainingLoss(**result["loss"]),
-        seed=result["seed"],
-        images=result["images"],
-        clean_accuracy=result["clean_accuracy"],
-        robust_accuracy=tuple(result["robust_accuracy"]),
-        epochs=tuple(EpochLog(**log) for log in result["epochs"]),
-        second_largest_before=tuple(result["second_largest_before"]),
-        second_largest_after=tuple(result["second_largest_after"]),
-        distances=tuple(result["distances"]),
-        survived=tuple(result["survived"]),
-        planes=tuple(_as_plane(plane) for plane in result["planes"]),
-    )
-
-
-def _as_plane(plane: Any) -> Plane:
-    clean, attacked = (tuple((x, y) for x, y in plane[which]) for which in ("clean", "attacked"))
-    return Plane(plane["method"], clean, attacked, tuple(plane["labels"]))
-
-
-def _is_sound(run: RunResult, identity: dict[str, Any]) -> bool:
-    """Whether a run from a file has the values, and as many of each, that its identity promises."""
-    settings = identity["settings"]
-    softmax = (run.second_largest_before, run.second_largest_after)
-    fractions = (run.clean_accuracy, *run.robust_accuracy, *softmax[0], *softmax[1])
-    logged = [
-        value
-        for log in run.epochs
-        for value in (log.loss, log.cross_entropy, log.accuracy, log.seconds, log.distance)
-        if value is not None or run.loss.name != BASELINE
-    ]
-    return (
-        (asdict(run.loss), run.seed) == (identity["loss"], identity["seed"])
-        and type(run.images) is int
-        and all(len(values) == run.images for values in (*softmax, run.distances, run.survived))
-        and all(type(value) is bool for value in run.survived)
-        and all(len(half) == len(plane.labels) for plane in run.planes for half in (plane.clean, plane.attacked))
-        and len(run.robust_accuracy) == len(settings["epsilons"])
-        and [log.epoch for log in run.epochs] == list(range(1, settings["recipe"]["epochs"] + 1))
-        and all(type(value) is float for value in (*fractions, *logged, *run.distances))
-        and all(0 <= value <= 1 for value in fractions)
-    )
+    x, y = x[: training.samples], y[: training.samples]
+    plan = plan_timing(len(losses), make, x, y, recipe, training.device)
+    x, y = (part[: plan.images].to(training.device) for part in (x, y))
+    times = time_epochs(losses, make, x, y, recipe, rounds=plan.rounds)
+    scale = plan.all_images / plan.images
+    return {loss: replace(time, seconds=time.seconds * scale) for loss, time in times.items()}, plan

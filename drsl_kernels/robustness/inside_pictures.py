@@ -57,7 +57,7 @@ def distance_and_attack(comparison: Comparison) -> Figure:
     figure.supxlabel("distance of the wrong classes' softmax from their average, before the attack", fontsize=9)
     figure.supylabel("images", fontsize=9)
     handles, labels = grid.flat[0].get_legend_handles_labels()
-    eps = comparison.settings.histogram_eps()
+    eps = comparison.settings.judging.histogram_eps()
     figure.legend(handles, labels, loc="outside upper center", ncols=2, title=f"attack within eps {eps:g}")
     return figure
 
@@ -79,7 +79,7 @@ def feature_planes_picture(comparison: Comparison) -> Figure:
             axes.set_title(f"{run.loss}: {plane.method}", fontsize=10)
             axes.set_xticks([])
             axes.set_yticks([])
-    eps = comparison.settings.histogram_eps()
+    eps = comparison.settings.judging.histogram_eps()
     figure.suptitle(f"Features of images (dots) and of the same after the attack, eps {eps:g} (crosses)", fontsize=10)
     return figure
 
@@ -87,5 +87,6 @@ def feature_planes_picture(comparison: Comparison) -> Figure:
 def _distances(comparison: Comparison, loss: TrainingLoss) -> tuple[np.ndarray, np.ndarray]:
     runs = comparison.of(loss)
     distances = np.concatenate([np.array(run.distances, dtype=float) for run in runs])
-    survived = np.concatenate([np.array(run.survived, dtype=bool) for run in runs])
+    radius = comparison.settings.judging.epsilons.index(comparison.settings.judging.histogram_eps())
+    survived = np.concatenate([np.array(run.survived(radius), dtype=bool) for run in runs])
     return distances, ~survived

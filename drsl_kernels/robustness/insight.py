@@ -1,6 +1,6 @@
 """What a classifier shows beyond its accuracy: how far its softmax is from even, and how it sees attacked images.
 
-Relies on scikit-learn for the planes; `experiment` relies on it.
+Relies on scikit-learn for the planes; `judging` relies on it.
 """
 
 from __future__ import annotations

@@ -16,14 +16,18 @@ from torch import Tensor
 from drsl_kernels import softmax_loss
 from drsl_kernels.spec import DISTANCES, Distance, Truth
 
-__all__ = ["ALL_LOSSES", "BASELINE", "DEFAULT_TAUS", "LOSS_NAMES", "TRUTHS", "BatchResult", "TrainingLoss"]
+__all__ = ["ALL_LOSSES", "BASELINE", "DEFAULT_TAUS", "LOSS_NAMES", "SMOOTHED", "TRUTHS", "BatchResult", "TrainingLoss"]
 
 BASELINE: Final = "ce"
 LOSS_NAMES: Final[tuple[str, ...]] = (BASELINE, *DISTANCES)
 
 # Losses without a penalty that take the place of cross-entropy, made for labels that are partly wrong.
 TRUTHS: Final = ("gce", "mae")
-ALL_LOSSES: Final = (*LOSS_NAMES, *TRUTHS)
+
+# Cross-entropy with smoothed labels: the usual remedy for a classifier that is too sure of itself, to compare with.
+SMOOTHED: Final = "label_smoothing"
+
+ALL_LOSSES: Final = (*LOSS_NAMES, SMOOTHED, *TRUTHS)
 
 # Swept for `uniform` and `non_target_logits` on held-out training images, with five seeds that the default
 # comparison does not use (`drsl compare --help` has the command). Robust accuracy at eps 0.1, in %, where
@@ -35,7 +39,8 @@ ALL_LOSSES: Final = (*LOSS_NAMES, *TRUTHS)
 #
 # Clean accuracy was nowhere below that of cross-entropy. Each loss has a plateau, and its default is in the
 # middle of it. `uniform` is compared at the tau of the other loss as well, where it does little. The other
-# distances are not swept: they have the weight of the authors' code, 0.001 summed over a batch of 128.
+# distances are not swept: they have the weight of the authors' code, 0.001 summed over a batch of 128. Label
+# smoothing has the value of Szegedy et al., arXiv 1512.00567.
 DEFAULT_TAUS: Final[dict[str, tuple[float, ...]]] = {
     BASELINE: (0.0,),
     "uniform": (0.3, 30.0),
@@ -43,6 +48,8 @@ DEFAULT_TAUS: Final[dict[str, tuple[float, ...]]] = {
     "non_target_logits": (0.3,),
     "conditional": (0.128,),
     "kl": (0.128,),
+    SMOOTHED: (0.1,),
+    **dict.fromkeys(TRUTHS, (0.0,)),
 }
 
 
@@ -61,11 +68,12 @@ class BatchResult(NamedTuple):
 @dataclass(frozen=True)
 class TrainingLoss:
     """A loss to train with, averaged over the batch: "ce" is `torch.nn.functional.cross_entropy`; the name of a
-    distance of `drsl_kernels.fused_drsl_loss` is cross-entropy plus tau times that distance; "gce" (q = 0.7) and
-    "mae" are those of `drsl_kernels.softmax_loss`.
+    distance of `drsl_kernels.fused_drsl_loss` is cross-entropy plus tau times that distance; "label_smoothing" is
+    cross-entropy with labels smoothed by tau; "gce" (q = 0.7) and "mae" are those of `drsl_kernels.softmax_loss`.
 
     Raises:
-        ValueError: an unknown name, tau not finite or negative, or a tau other than 0 for a loss without a distance.
+        ValueError: an unknown name, tau not finite or negative, a tau of 1 or more for label smoothing, or a tau other
+            than 0 for a loss that takes none.
     """
 
     name: str
@@ -80,10 +88,23 @@ class TrainingLoss:
             raise ValueError(f"tau of {BASELINE} must be 0: cross-entropy has no penalty; got {self.tau!r}")
         if self.name in TRUTHS and self.tau != 0:
             raise ValueError(f"tau of {self.name} must be 0: it has no penalty; got {self.tau!r}")
+        if self.name == SMOOTHED and self.tau >= 1:
+            raise ValueError(f"tau of {self.name} must be below 1, got {self.tau!r}")
 
     @property
     def has_distance(self) -> bool:
         return self.name in DISTANCES
+
+    def smoothing(self, label_smoothing: float) -> float:
+        """How much labels are smoothed, where training asks for `label_smoothing`: that, or what the loss is named for.
+
+        ValueError where it is not 0 and the loss smooths labels itself.
+        """
+        if self.name != SMOOTHED:
+            return label_smoothing
+        if label_smoothing:
+            raise ValueError(f"label_smoothing must be 0 with loss {self}, got {label_smoothing!r}")
+        return self.tau
 
     def tau_text(self) -> str:
         """tau as short as it can be written without becoming another number."""
@@ -91,15 +112,16 @@ class TrainingLoss:
         return short if float(short) == self.tau else repr(self.tau)
 
     def __str__(self) -> str:
-        return f"{self.name} tau={self.tau_text()}" if self.has_distance else self.name
+        return f"{self.name} tau={self.tau_text()}" if self.has_distance or self.name == SMOOTHED else self.name
 
     def __call__(self, logits: Tensor, y: Tensor, *, label_smoothing: float = 0.0) -> BatchResult:
         """logits (N, C), y (N,) -> the mean loss and the sums of the log.
 
         `label_smoothing`, as in `F.cross_entropy`, changes the loss and not the cross-entropy of the log. ValueError
-        where it is not 0 and the loss is not defined with it ("gce", "mae").
+        where it is not 0 and the loss is not defined with it ("gce", "mae"), or smooths labels itself.
         """
-        if self.name == BASELINE:
+        label_smoothing = self.smoothing(label_smoothing)
+        if self.name in (BASELINE, SMOOTHED):
             loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
             detached = logits.detach()
             correct = (detached.argmax(1) == y).sum()

@@ -1,8 +1,8 @@
 """Is a robust accuracy to be believed? Checks for models that look robust because attacks cannot see.
 
 Each check is a function that returns a `Check`: an outcome, a sentence for the reader, and the numbers behind it. None
-of them proves a figure; each that warns is a reason to doubt it. Relies on `evaluate` and `attack_table`; `attack_run`
-relies on it.
+of them proves a figure; each that warns is a reason to doubt it. Relies on `evaluate` and `attack_table`; `attack_run`,
+`cascade_checks` and `run_checks` rely on it.
 
 Sources: Athalye et al., arXiv 1802.00420, section 3.1; Carlini et al., arXiv 1902.06705, sections 4 and 5.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Literal, TypeAlias
 
 import torch
@@ -25,12 +26,17 @@ from .attacks import Model, Norm, evaluation_mode, pgd
 from .evaluate import Attack
 
 __all__ = [
+    "FEW",
     "Check",
+    "Outcome",
     "black_box_beats_white_box",
+    "black_box_verdict",
+    "checks_of_model",
     "falls_with_eps",
     "gradients_vanish",
     "never_rises",
     "outputs_vary",
+    "percent",
     "restarts_saturate",
     "rises_with_steps",
     "softmax_saturates",
@@ -39,7 +45,7 @@ __all__ = [
 Outcome: TypeAlias = Literal["passed", "warning", "not run"]
 
 # Shares above these are warnings.
-_FEW: Final = 0.01  # of the samples: gradients that vanish, softmax values of 1, what late restarts still break
+FEW: Final = 0.01  # of the samples: gradients that vanish, softmax values of 1, what late restarts still break
 _BLACK_BOX_GAIN: Final = 0.002  # AutoAttack's own check of Square; one sample alone is not enough
 _LEFT: Final = 0.01  # robust accuracy at a radius at which nothing should be left
 
@@ -70,6 +76,25 @@ class Check:
     eps: float | None = None
 
 
+def checks_of_model(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    norm: Norm = "linf",
+    batch_size: int = 256,
+    generator: torch.Generator | None = None,
+) -> dict[str, Callable[[], Check]]:
+    """The checks that need neither a radius nor the outcome of attacks, by name, to be made one by one."""
+    look: dict[str, Any] = {"batch_size": batch_size}
+    return {
+        "gradients": partial(gradients_vanish, model, x, y, **look),
+        "saturation": partial(softmax_saturates, model, x, y, **look),
+        "randomness": partial(outputs_vary, model, x, **look),
+        "large eps": partial(falls_with_eps, model, x, y, norm=norm, generator=generator, **look),
+    }
+
+
 def gradients_vanish(model: Model, x: Tensor, y: Tensor, *, batch_size: int = 256) -> Check:
     """The share of samples whose input gradient is exactly 0, of `F.cross_entropy` in float32 and of the log-odds.
 
@@ -81,13 +106,13 @@ def gradients_vanish(model: Model, x: Tensor, y: Tensor, *, batch_size: int = 25
     of_log_odds = _zero_gradients(model, x, y, _log_odds, batch_size)
     numbers = {"zero_cross_entropy": of_cross_entropy, "zero_log_odds": of_log_odds, "samples": len(y)}
     found = (
-        f"the gradient with respect to the image is exactly zero on {_percent(of_cross_entropy)} of {len(y)} images "
-        f"with F.cross_entropy in float32, on {_percent(of_log_odds)} with the log-odds"
+        f"the gradient with respect to the image is exactly zero on {percent(of_cross_entropy)} of {len(y)} images "
+        f"with F.cross_entropy in float32, on {percent(of_log_odds)} with the log-odds"
     )
-    if of_log_odds > _FEW:
+    if of_log_odds > FEW:
         means = "attacks that follow gradients are blind there: believe Square and transfer attacks alone"
         return Check(name, "warning", f"{found}; {means}", numbers)
-    if of_cross_entropy > _FEW:
+    if of_cross_entropy > FEW:
         means = "attacks on cross-entropy (FGSM, PGD, APGD-CE) are blind there: believe those on log_odds, margin, dlr"
         return Check(name, "warning", f"{found}; {means}", numbers)
     return Check(name, "passed", found, numbers)
@@ -99,8 +124,8 @@ def softmax_saturates(model: Model, x: Tensor, y: Tensor, *, batch_size: int = 2
     share = (logits.softmax(1).gather(1, y.unsqueeze(1)) == 1).double().mean().item()
     median = margins_of(logits, y).median().item()
     numbers = {"saturated": share, "median_margin": median, "samples": len(y)}
-    found = f"the softmax of the label is exactly 1 in float32 on {_percent(share)} of {len(y)} images"
-    if share > _FEW:
+    found = f"the softmax of the label is exactly 1 in float32 on {percent(share)} of {len(y)} images"
+    if share > FEW:
         found += f" (median lead of its logit: {median:.3g}); losses that are computed from it are rounded away there"
         return Check("saturation", "warning", found, numbers)
     return Check("saturation", "passed", found, numbers)
@@ -126,14 +151,19 @@ def black_box_beats_white_box(table: AttackTable, eps: float) -> Check:
         return Check(name, "not run", f"no {missing} was run, so there is nothing to compare", eps=eps)
     white, all_together = table.robust(eps, black_box=False), table.robust(eps)
     more = int((white & ~all_together).sum())
-    share = more / len(white)
     best = {
         kind: min(o.accuracy() for o in table.outcomes if o.eps == eps and o.black_box == kind)
         for kind in (True, False)
     }
-    numbers = {"broken_by_black_box_alone": share, "black_box": best[True], "white_box": best[False]}
+    numbers = {"broken_by_black_box_alone": more / len(white), "black_box": best[True], "white_box": best[False]}
+    return black_box_verdict(more, len(white), numbers, eps)
+
+
+def black_box_verdict(more: int, images: int, numbers: dict[str, Any], eps: float) -> Check:
+    """What it means that attacks without gradients alone broke so `more` of the images."""
+    name, share = "black box", more / images
     found = (
-        f"attacks without gradients break {_percent(share)} of the images that attacks with gradients leave standing"
+        f"attacks without gradients break {percent(share)} of all images after attacks with gradients failed on them"
     )
     if more > 1 and share > _BLACK_BOX_GAIN:
         means = "attacks with gradients should win: the gradients mislead, and the true figure may be lower still"
@@ -165,7 +195,7 @@ def falls_with_eps(
         robust &= run_attack(model, x, y, attack, eps, batch_size=batch_size, generator=generator).robust
     left = robust.double().mean().item()
     numbers = {"eps": eps, "left": left, "chance": chance, "samples": len(y)}
-    found = f"at eps {eps:.3g}, where every image can be made plain grey, {_percent(left)} of {len(y)} images survive"
+    found = f"at eps {eps:.3g}, where every image can be made plain grey, {percent(left)} of {len(y)} images survive"
     if left > max(_LEFT, chance):
         means = "nothing should, beyond chance: the attack fails, and so it may at smaller eps"
         return Check(name, "warning", f"{found}; {means}", numbers)
@@ -185,7 +215,7 @@ def never_rises(table: AttackTable) -> Check:
         accuracies = {eps: table.of(attack, eps).accuracy() for eps in table.epsilons}
         pairs = zip(table.epsilons, table.epsilons[1:], strict=False)
         if not attack.startswith("fgsm"):
-            found += [(attack, *pair) for pair in pairs if accuracies[pair[1]] > accuracies[pair[0]] + _FEW]
+            found += [(attack, *pair) for pair in pairs if accuracies[pair[1]] > accuracies[pair[0]] + FEW]
     if found:
         attack, small, large = found[0]
         says = f"{attack} leaves more images standing at eps {large:.4g} than at eps {small:.4g}: it is too weak there"
@@ -221,7 +251,7 @@ def rises_with_steps(
     found = f"the mean log-odds of an error go from {clean:.3g} to {one:.3g} in 1 step and {many:.3g} in {steps[-1]}"
     if many <= clean:
         return Check(name, "warning", f"{found}; steps along the gradient gain nothing", numbers, eps)
-    if many < one - _SHARE_OF_RISE * abs(one - clean) or accuracies[-1] > accuracies[1] + _FEW:
+    if many < one - _SHARE_OF_RISE * abs(one - clean) or accuracies[-1] > accuracies[1] + FEW:
         means = f"{steps[-1]} steps must not do worse than one: the gradients mislead"
         return Check(name, "warning", f"{found}; {means}", numbers, eps)
     return Check(name, "passed", found, numbers, eps)
@@ -244,8 +274,8 @@ def restarts_saturate(outcomes: Sequence[AttackOutcome]) -> Check:
         fell |= outcome.fell >= 0
     late = (fell & ~fell_early).double().mean().item()
     numbers = {"broken_by_later_half": late, "standing": {o.attack: o.standing() for o in outcomes}}
-    found = f"the later half of the random starts broke {_percent(late)} of the images beyond what the first half did"
-    if late > _FEW:
+    found = f"the later half of the random starts broke {percent(late)} of the images beyond what the first half did"
+    if late > FEW:
         return Check(name, "warning", f"{found}; more starts would break more: raise the restarts", numbers, eps)
     return Check(name, "passed", found, numbers, eps)
 
@@ -303,5 +333,5 @@ def _all_logits(model: Model, x: Tensor, batch_size: int) -> Tensor:
         return torch.cat([model(part) for part in torch.split(x, batch_size)])
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     return f"{100 * share:.1f} %"

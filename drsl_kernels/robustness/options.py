@@ -1,22 +1,27 @@
-"""How values on the command line are written and checked. `commands` relies on it."""
+"""How values on the command line are written and checked. The commands rely on it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import click
 
+from .attack_names import canonical_names
 from .losses import TrainingLoss
 
-__all__ = ["Folder", "Names", "Radii", "Tau"]
+__all__ = ["Attacks", "Decorator", "Distance", "Folder", "Names", "Radii", "Tau"]
 
 # A click that knows the type of a parameter's value is newer than the oldest that is supported.
 if TYPE_CHECKING:
     _ParamType: TypeAlias = click.ParamType[Any]
 else:
     _ParamType = click.ParamType
+
+# What click.option gives.
+Decorator: TypeAlias = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 _Parameter: TypeAlias = click.Parameter | None
 _Context: TypeAlias = click.Context | None
@@ -76,6 +81,34 @@ class Radii(_ParamType):
             what = "0 or more and finite" if self.largest == math.inf else f"from 0 to {self.largest:g}, as pixels are"
             self.fail(f"{text!r} is not {what}", param, ctx)
         return radius
+
+
+class Distance(Radii):
+    """One number or fraction from 0 to 1."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: _Parameter, ctx: _Context) -> Any:
+        if isinstance(value, float):
+            return value
+        distances = super().convert(value, param, ctx)
+        if len(distances) != 1:
+            self.fail(f"{value!r} must be one number", param, ctx)
+        return distances[0]
+
+
+class Attacks(_ParamType):
+    """Names of attacks with commas between, as canonical names."""
+
+    name = "attacks"
+
+    def convert(self, value: Any, param: _Parameter, ctx: _Context) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return canonical_names([part.strip() for part in value.split(",")])
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 class Tau(_ParamType):

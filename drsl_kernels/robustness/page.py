@@ -6,17 +6,19 @@ Relies on `report`, and on `pictures` for what was drawn; `commands` relies on i
 from __future__ import annotations
 
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Final
 
-from .experiment import Comparison, environment
+from .experiment import Comparison
+from .identity import environment
 from .inside_pictures import attack_correlation
 from .losses import BASELINE, TrainingLoss
 from .pictures import PICTURES
-from .report import MeanStd, accuracies, explanation
+from .report import MeanStd, accuracies, explanation, felled_by
 from .storage import write_atomically
 
 __all__ = ["PAGES", "write_pages"]
@@ -46,7 +48,10 @@ figure { margin: 2rem 0; } figcaption { color: #555; }
 class _Page:
     """What both formats say."""
 
+    title: str
     sober: list[str]
+    felled: list[str]
+    checks: list[str]
     head: list[str]
     rows: list[list[str]]
     meaning: list[str]
@@ -62,7 +67,7 @@ def write_pages(comparison: Comparison, folder: Path) -> None:
 def _page(comparison: Comparison) -> _Page:
     losses = comparison.losses
     columns = [accuracies(comparison.of(loss)) for loss in losses]
-    names = ["clean", *(f"robust, eps {eps:.4g}" for eps in comparison.settings.epsilons)]
+    names = ["clean", *(f"robust, eps {eps:.4g}" for eps in comparison.settings.judging.epsilons)]
     rows = [
         [name, *(value.percent() for value in values)]
         for name, values in zip(names, zip(*columns, strict=True), strict=True)
@@ -75,15 +80,40 @@ def _page(comparison: Comparison) -> _Page:
     software = "; ".join(f"{what} {value}" for what, value in environment().items())
     meaning = [f"{what}: {words}" for what, words in explanation(comparison).items()]
     return _Page(
+        title=f"Accuracy of {comparison.settings.training.dataset} classifiers under attack",
         sober=list(_sober(comparison)),
+        felled=list(_felled(comparison)),
+        checks=[f"{finding.outcome}: {finding.in_words()}" for finding in comparison.findings()],
         head=["trained with", *map(str, losses)],
         rows=rows,
         meaning=[*meaning, f"made with: {software}"],
     )
 
 
+def _felled(comparison: Comparison) -> Iterator[str]:
+    """What each attack broke that those before it had not, up to the radius of the histograms."""
+    eps = comparison.settings.judging.histogram_eps()
+    for loss in comparison.losses:
+        counts: Counter[str] = Counter()
+        for run in comparison.of(loss):
+            for row in felled_by(comparison, run):
+                if row["eps"] <= eps:
+                    counts[row["attack"]] += row["images"]
+        images = sum(run.images for run in comparison.of(loss))
+        said = ", ".join(f"{attack} {100 * count / images:.1f}" for attack, count in counts.items())
+        yield f"{loss}, up to eps {eps:.4g}, in % of all images, what each attack broke after those before it: {said}"
+
+
 def _sober(comparison: Comparison) -> Iterator[str]:
-    """What the losses do not do, in words."""
+    """What the losses do not do, and why a figure may be too high, in words."""
+    if comparison.settings.judging.held_out == "validation":
+        yield (
+            "These images chose the best epoch of each run, too: compare options with these figures, and print those "
+            "of the test images."
+        )
+    for finding in comparison.findings():
+        if finding.outcome == "warning":
+            yield f"{finding.in_words()}."
     baseline = next((loss for loss in comparison.losses if loss.name == BASELINE), None)
     if baseline is None:
         yield "There is no baseline here: whether a loss helps cannot be told without cross-entropy beside it."
@@ -94,8 +124,9 @@ def _sober(comparison: Comparison) -> Iterator[str]:
     if len(comparison.seeds) < 3:
         yield f"{len(comparison.seeds)} seed(s) say little about the spread between trainings: use 3 or more."
     if min(run.robust_accuracy[-1] for run in comparison.runs) > 0.2:
+        largest = comparison.settings.judging.epsilons[-1]
         yield (
-            f"No model falls below 20 % at the largest eps, {comparison.settings.epsilons[-1]:g}: to see that the "
+            f"No model falls below 20 % at the largest eps, {largest:g}: to see that the "
             "attack works, a larger eps should be among those tried, where nothing can survive."
         )
 
@@ -104,7 +135,7 @@ def _against(comparison: Comparison, loss: TrainingLoss, baseline: TrainingLoss)
     ours, theirs = (accuracies(comparison.of(some)) for some in (loss, baseline))
     no_gain = [
         f"{eps:.4g}"
-        for eps, a, b in zip(comparison.settings.epsilons, ours[1:], theirs[1:], strict=True)
+        for eps, a, b in zip(comparison.settings.judging.epsilons, ours[1:], theirs[1:], strict=True)
         if a.mean - b.mean <= _spread(a) + _spread(b)
     ]
     if no_gain:
@@ -118,15 +149,23 @@ def _spread(value: MeanStd) -> float:
 
 
 def _markdown(page: _Page) -> str:
-    lines = ["# Accuracy under attack", ""]
+    lines = [f"# {page.title}", ""]
     if page.sober:
         lines += ["What to keep in mind first:", "", *(f"- {words}" for words in page.sober), ""]
     rows = [page.head, ["---", *["---:"] * (len(page.head) - 1)], *page.rows]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     lines += ["", "In %, but for the last lines.", "", *(f"- {words}" for words in page.meaning), ""]
+    for heading, said in _lists(page):
+        lines += [f"## {heading}", "", *(f"- {words}" for words in said), ""]
     for name in PICTURES:
         lines += [f"![{_CAPTIONS[name]}]({name})", ""]
     return "\n".join(lines)
+
+
+def _lists(page: _Page) -> list[tuple[str, list[str]]]:
+    """Headings, and what stands below them."""
+    both = [("What broke the images", page.felled), ("Are the figures to be believed?", page.checks)]
+    return [(heading, said) for heading, said in both if said]
 
 
 def _html(page: _Page, folder: Path) -> str:
@@ -136,12 +175,13 @@ def _html(page: _Page, folder: Path) -> str:
     head = "<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in page.head) + "</tr>"
     rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in page.rows)
     figures = "".join(_figure(folder / name, _CAPTIONS[name]) for name in PICTURES)
+    lists = "".join(f"<h2>{escape(heading)}</h2>{items(said)}" for heading, said in _lists(page))
     sober = f"<p>What to keep in mind first:</p>{items(page.sober)}" if page.sober else ""
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Accuracy under attack</title>'
-        f"<style>{_STYLE}</style></head>\n<body><h1>Accuracy under attack</h1>\n{sober}\n"
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>'
+        f"{escape(page.title)}</title><style>{_STYLE}</style></head>\n<body><h1>{escape(page.title)}</h1>\n{sober}\n"
         f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>\n<p>In %, but for the last lines.</p>\n"
-        f"{items(page.meaning)}\n{figures}\n</body></html>\n"
+        f"{items(page.meaning)}\n{lists}\n{figures}\n</body></html>\n"
     )
 
 

@@ -67,7 +67,7 @@ def _robust_accuracy(comparison: Comparison) -> Figure:
             label=str(loss),
         )
     axes.set_xlabel("eps: largest change of a pixel, pixels in [0, 1] (0: no attack)")
-    axes.set_ylabel(f"accuracy on {comparison.settings.held_out} images, %")
+    axes.set_ylabel(f"accuracy on {comparison.settings.judging.held_out} images, %")
     axes.set_ylim(-2, 102)
     axes.grid(alpha=0.3)
     axes.legend(title="trained with")
@@ -86,7 +86,7 @@ def _second_largest_softmax(comparison: Comparison) -> Figure:
     for axes in grid.flat[len(losses) :]:
         axes.set_visible(False)
     bins = np.linspace(0, 0.5, 26)
-    eps = comparison.settings.histogram_eps()
+    eps = comparison.settings.judging.histogram_eps()
     for axes, loss in zip(grid.flat, losses, strict=False):
         runs = comparison.of(loss)
         before = np.concatenate([run.second_largest_before for run in runs])
@@ -123,11 +123,11 @@ def _training_curves(comparison: Comparison) -> Figure:
     panels: tuple[Axes, Axes, Axes] = tuple(figure.subplots(1, 3))
     for i, loss in enumerate(comparison.losses):
         logs = [run.epochs for run in comparison.of(loss)]
-        epochs = [log.epoch for log in logs[0]]
-        _curve(panels[0], epochs, [[log.cross_entropy for log in run] for run in logs], i, loss)
-        _curve(panels[1], epochs, [[100 * log.accuracy for log in run] for run in logs], i, loss)
-        if loss.tau > 0:
-            penalty = [[loss.tau * (log.distance or 0.0) for log in run] for run in logs]
+        epochs = [row.epoch for row in logs[0]]
+        _curve(panels[0], epochs, [[row.train_cross_entropy for row in run] for run in logs], i, loss)
+        _curve(panels[1], epochs, [[100 * row.train_accuracy for row in run] for run in logs], i, loss)
+        if loss.has_distance and loss.tau > 0:
+            penalty = [[loss.tau * (row.train_distance or 0.0) for row in run] for run in logs]
             _curve(panels[2], epochs, penalty, i, loss)
     titles = (
         "cross-entropy part of the loss, nats",

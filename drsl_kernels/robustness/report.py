@@ -6,6 +6,7 @@ Relies on `experiment`; `commands`, `pictures` and `page` rely on it.
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,13 +14,27 @@ from statistics import mean, stdev
 from typing import Any, Final
 
 from rich.table import Table
+from rich.text import Text
 
-from .experiment import Comparison, RunResult, environment
+from .attack_names import attacks_in_words
+from .experiment import Comparison
+from .identity import environment
+from .judging import RunResult
 from .losses import TrainingLoss
+from .run_checks import Finding
+from .settings import TrainingSettings
 from .storage import write_atomically, write_json
-from .timing import ROUNDS
 
-__all__ = ["RESULTS", "MeanStd", "accuracies", "explanation", "results_tables", "write_results"]
+__all__ = [
+    "RESULTS",
+    "MeanStd",
+    "accuracies",
+    "explanation",
+    "felled_by",
+    "finding_lines",
+    "results_tables",
+    "write_results",
+]
 
 RESULTS: Final = ("results.json", "results.csv")
 
@@ -47,21 +62,53 @@ class MeanStd:
 
 def explanation(comparison: Comparison) -> dict[str, str]:
     """What the numbers mean, in plain words, for whoever meets the table or the files alone."""
-    settings, runs = comparison.settings, comparison.runs
+    training, judging = comparison.settings.training, comparison.settings.judging
     seeds = len(comparison.seeds)
     over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "a single seed"
-    restarts = f"{settings.restarts} restart{'s' if settings.restarts > 1 else ''}"
     return {
-        "accuracy": f"percent of {runs[0].images} {settings.held_out} images, {over}",
+        "training": training_in_words(training),
+        "accuracy": f"percent of {comparison.runs[0].images} {judging.held_out} images, {over}"
+        + ("; the best epoch was chosen with the same images" if judging.held_out == "validation" else ""),
         "robust": (
-            f"per-sample worst case over PGD-{settings.steps} on {', '.join(settings.attack_losses)}, "
-            f"{restarts} each; no pixel, in [0, 1], changed by more than eps"
+            f"per-sample worst case over {attacks_in_words(judging.attacks, judging.parameters)}; "
+            "no pixel, in [0, 1], changed by more than eps"
         ),
         "time": (
-            f"median of {ROUNDS} training epochs, turns taken with F.cross_entropy, on {settings.device}"
-            + (f", threads: {settings.threads}" if settings.device == "cpu" else "")
+            f"{comparison.timed.in_words()}, turns taken with F.cross_entropy, on {training.device}"
+            + (f", threads: {training.threads}" if training.device == "cpu" else "")
         ),
     }
+
+
+def finding_lines(comparison: Comparison) -> list[Text]:
+    """The masking checks that warn, and how many do not."""
+    findings = comparison.findings()
+    warnings = [finding for finding in findings if finding.outcome == "warning"]
+    lines = [Text.assemble(("WARNING", "bold red"), f" {finding.in_words()}") for finding in warnings]
+    if findings:
+        passed = sum(finding.outcome == "passed" for finding in findings)
+        lines.append(Text(f"masking checks: {len(warnings)} of {len(findings)} warn, {passed} pass; see the report"))
+    return lines
+
+
+def training_in_words(training: TrainingSettings) -> str:
+    """Data set, model and method: what all runs have in common."""
+    recipe, attack = training.recipe, training.recipe.adversarial
+    said = [f"{training.model} on {training.dataset}"]
+    if training.samples is not None:
+        said.append(f"at most {training.samples} training images")
+    epochs = f"{recipe.epochs} epoch{'' if recipe.epochs == 1 else 's'}"
+    said.append(f"{epochs} of {recipe.optimizer} at {recipe.learning_rate:g} ({recipe.schedule})")
+    if attack is not None:
+        said.append(
+            f"adversarial training ({attack.method}) with {attack.steps} steps of {attack.alpha:.3g} within "
+            f"eps {attack.eps:.4g} ({attack.norm})"
+        )
+    if recipe.label_noise:
+        said.append(f"{100 * recipe.label_noise:g} % of the training labels wrong")
+    if recipe.amp != "none":
+        said.append(f"mixed precision ({recipe.amp})")
+    return ", ".join(said) + "; the weights of the best epoch on images held out of training"
 
 
 def results_tables(comparison: Comparison) -> list[Table]:
@@ -69,7 +116,7 @@ def results_tables(comparison: Comparison) -> list[Table]:
     losses = comparison.losses
     groups = [losses[start : start + _COLUMNS] for start in range(0, len(losses), _COLUMNS)]
     tables = [_table(comparison, group) for group in groups]
-    tables[0].title = "Accuracy of digits classifiers, in %"
+    tables[0].title = f"Accuracy of {comparison.settings.training.dataset} classifiers, in %"
     return tables
 
 
@@ -87,7 +134,7 @@ def _table(comparison: Comparison, losses: Sequence[TrainingLoss]) -> Table:
         table.add_column(str(loss).replace(" ", "\n"), justify="right")
     clean, *robust = zip(*(accuracies(comparison.of(loss)) for loss in losses), strict=True)
     table.add_row("clean", *(value.percent() for value in clean))
-    for eps, values in zip(comparison.settings.epsilons, robust, strict=True):
+    for eps, values in zip(comparison.settings.judging.epsilons, robust, strict=True):
         table.add_row(f"robust, eps {eps:.4g}", *(value.percent() for value in values))
     table.add_section()
     times = [comparison.times[loss] for loss in losses]
@@ -102,14 +149,29 @@ def accuracies(runs: Sequence[RunResult]) -> list[MeanStd]:
     return [MeanStd.of(values) for values in zip(*rows, strict=True)]
 
 
+def felled_by(comparison: Comparison, run: RunResult) -> list[dict[str, Any]]:
+    """How many images fell to each attack, at each radius, of those that the attacks before it had left standing."""
+    judging = comparison.settings.judging
+    counts = Counter((radius, attack) for radius, attack, _ in run.fell)
+    return [
+        {"eps": eps, "attack": name, "images": counts[radius, attack]}
+        for radius, eps in enumerate(judging.epsilons)
+        for attack, name in enumerate(judging.attacks)
+    ]
+
+
 def _as_json(comparison: Comparison) -> dict[str, Any]:
     return {
         "meaning": explanation(comparison) | {"units": "accuracies are fractions, times are seconds"},
         "environment": environment(),
-        "settings": asdict(comparison.settings),
+        "settings": comparison.settings.as_json(),
         "seeds": list(comparison.seeds),
         "summary": [_summary(comparison, loss) for loss in comparison.losses],
-        "runs": [_run(comparison, run) for run in comparison.runs],
+        "checks": [_finding(finding) for finding in comparison.findings()],
+        "runs": [
+            _run(comparison, run) | {"checks": [asdict(check) for check in checks]}
+            for run, checks in zip(comparison.runs, comparison.checks, strict=True)
+        ],
     }
 
 
@@ -121,11 +183,18 @@ def _summary(comparison: Comparison, loss: TrainingLoss) -> dict[str, Any]:
         "tau": loss.tau,
         "clean_accuracy": asdict(clean),
         "robust_accuracy": [
-            {"eps": eps, **asdict(value)} for eps, value in zip(comparison.settings.epsilons, robust, strict=True)
+            {"eps": eps, **asdict(value)}
+            for eps, value in zip(comparison.settings.judging.epsilons, robust, strict=True)
         ],
         "seconds_per_epoch": time.seconds,
         "ratio_to_cross_entropy": time.ratio,
     }
+
+
+def _finding(finding: Finding) -> dict[str, Any]:
+    content = asdict(finding)
+    loss = content.pop("loss")
+    return {"loss": loss["name"], "tau": loss["tau"], **content}
 
 
 def _run(comparison: Comparison, run: RunResult) -> dict[str, Any]:
@@ -137,9 +206,11 @@ def _run(comparison: Comparison, run: RunResult) -> dict[str, Any]:
         "clean_accuracy": run.clean_accuracy,
         "robust_accuracy": [
             {"eps": eps, "accuracy": accuracy}
-            for eps, accuracy in zip(comparison.settings.epsilons, run.robust_accuracy, strict=True)
+            for eps, accuracy in zip(comparison.settings.judging.epsilons, run.robust_accuracy, strict=True)
         ],
-        "epochs": [asdict(log) for log in run.epochs],
+        "best_epoch": run.best_epoch,
+        "felled_by": felled_by(comparison, run),
+        "epochs": [asdict(row) for row in run.epochs],
     }
 
 

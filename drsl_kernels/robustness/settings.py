@@ -1,7 +1,7 @@
 """All that decides a training run: `TrainingSettings`, and what suits each data set.
 
 Kept in a run's folder, so that the run can be resumed with the same settings and with no others. Relies on `recipe` and
-`losses`; `engine` and `train_command` rely on it.
+`losses`; `engine`, `experiment` and the commands rely on it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from .losses import DEFAULT_TAUS, TRUTHS, TrainingLoss
+from .losses import DEFAULT_TAUS, SMOOTHED, TRUTHS, TrainingLoss
 from .recipe import Adversarial, Method, Recipe
 
 __all__ = ["TrainingSettings", "default_attack", "default_settings", "default_tau", "differences"]
@@ -47,7 +47,7 @@ class TrainingSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value!r}")
-        if self.recipe.label_smoothing and self.loss.name in TRUTHS:
+        if self.recipe.label_smoothing and self.loss.name in (*TRUTHS, SMOOTHED):
             raise ValueError(f"label_smoothing must be 0 with loss {self.loss}, got {self.recipe.label_smoothing!r}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed!r}")
@@ -133,4 +133,4 @@ def default_attack(dataset: str, method: Method) -> Adversarial:
 
 def default_tau(name: str) -> float:
     """The weight of a loss's distance that did best on held-out images; see `losses.DEFAULT_TAUS`."""
-    return DEFAULT_TAUS.get(name, (0.0,))[-1]
+    return DEFAULT_TAUS[name][-1]

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent. `experiment` and `report` rely on it."""
+"""Files that are either whole or absent. Whatever writes results relies on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a loss costs: seconds per training epoch, measured side by side with `F.cross_entropy`.
+"""What a loss costs: seconds of training, measured side by side with `F.cross_entropy`.
 
 Relies on `train`; `experiment` relies on it.
 """
@@ -16,9 +16,13 @@ from torch import Tensor, nn
 from .losses import BASELINE, TrainingLoss
 from .train import Recipe, make_optimizer, train_epoch
 
-__all__ = ["ROUNDS", "EpochTime", "time_epochs"]
+__all__ = ["ROUNDS", "EpochTime", "Timed", "plan_timing", "time_epochs"]
 
 ROUNDS: Final = 20
+
+_LEAST_ROUNDS: Final = 5
+_MOST_BATCHES: Final = 300  # per loss and round
+_SECONDS: Final = 60.0  # that timing may take, if a batch or two of each loss and round do
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,44 @@ class EpochTime:
 
     seconds: float
     ratio: float
+
+
+@dataclass(frozen=True)
+class Timed:
+    """How much is timed: in each of so many rounds each loss trains on the first `images` of `all_images`."""
+
+    images: int
+    all_images: int
+    rounds: int
+
+    def in_words(self) -> str:
+        if self.images == self.all_images:
+            return f"median of {self.rounds} training epochs"
+        return f"median of {self.rounds} rounds over {self.images} of {self.all_images} training images, scaled to all"
+
+
+def plan_timing(
+    losses: int,
+    make_model: Callable[[], nn.Module],
+    x: Tensor,
+    y: Tensor,
+    recipe: Recipe,
+    device: torch.device | str = "cpu",
+) -> Timed:
+    """Rounds and images of `time_epochs` for so many losses, so that it takes about a minute where an epoch is long.
+
+    Two batches are trained on the device to tell; the first of them may take longer than others.
+    """
+    few = min(len(y), 2 * recipe.batch_size)
+    some, labels = x[:few].to(device), y[:few].to(device)
+    model = make_model().to(device)
+    optimizer, order = make_optimizer(model, recipe), torch.Generator().manual_seed(0)
+    log = train_epoch(model, some, labels, TrainingLoss(BASELINE), recipe, optimizer, epoch=1, generator=order)
+    batch = log.seconds / -(-few // recipe.batch_size)
+    affordable = _SECONDS / (batch * (losses + 1))  # batches of each loss, in all rounds together
+    rounds = int(min(max(affordable, _LEAST_ROUNDS), ROUNDS))
+    batches = int(min(max(affordable / rounds, 1), _MOST_BATCHES))
+    return Timed(min(len(y), batches * recipe.batch_size), len(y), rounds)
 
 
 def time_epochs(

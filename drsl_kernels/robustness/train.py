@@ -1,7 +1,7 @@
 """Training in memory: epochs of steps as a `Recipe` says, the same for every loss.
 
 `train` needs a model, images and a generator; `engine` adds data sets, validation and checkpoints. Relies on `losses`,
-`adversarial`, `augmentation` and `optimisation`; `engine`, `experiment` and `timing` rely on it.
+`adversarial`, `augmentation` and `optimisation`; `engine` and `timing` rely on it.
 """
 
 from __future__ import annotations

@@ -6,59 +6,41 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any, Final
 
 import click
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .balls import NORMS
-from .command_parts import check_device
-from .data import DATASETS
+from .command_parts import check_device, fix_cublas, keep_freed_memory
 from .distributed import joined_world
 from .engine import BEST, Outcome, read_settings, run
-from .losses import ALL_LOSSES, BASELINE, TRUTHS, TrainingLoss
-from .models import MODELS
-from .options import Folder, Radii
-from .recipe import AMP, AUGMENTATIONS, CRAFT_MODES, INNER_LOSSES, METHODS, OPTIMIZERS, SCHEDULES, Recipe
-from .settings import TrainingSettings, default_attack, default_settings, default_tau
+from .losses import ALL_LOSSES, BASELINE, SMOOTHED, TRUTHS, TrainingLoss
+from .options import Distance, Folder
+from .recipe import AUGMENTATIONS, CRAFT_MODES, INNER_LOSSES, OPTIMIZERS, SCHEDULES
+from .settings import TrainingSettings, default_tau
 from .training_logs import EpochRow
+from .training_options import (
+    adversarial_option,
+    amp_option,
+    batch_size_option,
+    changed_recipe,
+    data_dir_option,
+    dataset_option,
+    device_option,
+    epochs_option,
+    label_noise_option,
+    lr_option,
+    model_option,
+    suited_to,
+    threads_option,
+)
 
 __all__ = ["train_command"]
 
-_NONE: Final = "none"
-_MOST_THREADS: Final = 1024
-
-# Options by the part of the settings that they change, and the name of the field where it is another.
-_OF_RECIPE: Final = {
-    **{name: name for name in ("epochs", "batch_size", "optimizer", "weight_decay", "momentum", "schedule")},
-    **{name: name for name in ("milestones", "clip_norm", "label_smoothing", "label_noise", "augmentation", "amp")},
-    "lr": "learning_rate",
-    "warmup": "warmup_epochs",
-}
-_OF_ATTACK: Final = {
-    **{name: name for name in ("eps", "alpha", "steps", "norm", "random_start", "beta")},
-    "inner_loss": "loss",
-    "craft_mode": "mode",
-}
 _OF_RUN: Final = ("model", "seed", "device", "threads", "samples", "robust_images", "data_dir")
-
-
-class _Distance(Radii):
-    """One number or fraction from 0 to 1."""
-
-    name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, float):
-            return value
-        distances = super().convert(value, param, ctx)
-        if len(distances) != 1:
-            self.fail(f"{value!r} must be one number", param, ctx)
-        return distances[0]
 
 
 class _Milestones(click.ParamType):  # type: ignore[type-arg, unused-ignore]
@@ -76,23 +58,26 @@ class _Milestones(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 
 
 @click.command("train")
-@click.option("--dataset", type=click.Choice(DATASETS), help="Images to train on.  [default: digits]")
-@click.option("--data-dir", type=click.Path(path_type=Path), help="Folder with the files of the data set.")
-@click.option("--model", type=click.Choice(MODELS), help="Network; see the defaults above.")
+@dataset_option
+@data_dir_option
+@model_option
 @click.option(
     "--loss",
     "loss_name",
     type=click.Choice(ALL_LOSSES),
-    help=f"{BASELINE} is cross-entropy alone, {' and '.join(TRUTHS)} are made for noisy labels; any other is "
-    f"cross-entropy plus tau times the distance of that name.  [default: {BASELINE}]",
+    help=f"{BASELINE} is cross-entropy alone, {SMOOTHED} the same with labels smoothed by tau, {' and '.join(TRUTHS)} "
+    "are made for noisy labels; any other is cross-entropy plus tau times the distance of that name.  "
+    f"[default: {BASELINE}]",
 )
-@click.option("--tau", type=float, help="Weight of the distance. By default the one that suits it on the digits.")
-@click.option("--epochs", type=click.IntRange(min=1), help="Passes over the training images.")
 @click.option(
-    "--batch-size", type=click.IntRange(min=1), help="Images per step, of all processes together.  [default: 128]"
+    "--tau",
+    type=float,
+    help=f"Weight of the distance, in {SMOOTHED} how much. By default what suits the loss on the digits.",
 )
+@epochs_option
+@batch_size_option
 @click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="sgd has Nesterov momentum.")
-@click.option("--lr", type=float, help="Learning rate: the highest of the schedule.")
+@lr_option
 @click.option("--weight-decay", type=float, help="Of all parameters.")
 @click.option("--momentum", type=float, help="Of sgd.  [default: 0.9]")
 @click.option("--schedule", type=click.Choice(SCHEDULES), help="How the learning rate changes; multistep: times 0.1.")
@@ -100,16 +85,12 @@ class _Milestones(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 @click.option("--warmup", type=float, help="So many epochs the rate rises linearly first.  [default: 0]")
 @click.option("--clip-norm", type=float, help="Shorten the gradient to this length.")
 @click.option("--label-smoothing", type=float, help="In [0, 1).  [default: 0]")
-@click.option("--label-noise", type=float, help="Share of the training labels made wrong first.  [default: 0]")
+@label_noise_option
 @click.option("--augmentation", type=click.Choice(AUGMENTATIONS), help="Random crops (4 pixels) and mirror images.")
-@click.option("--amp", type=click.Choice(AMP), help="Mixed precision; float16 needs a GPU.  [default: none]")
-@click.option(
-    "--adversarial",
-    type=click.Choice((_NONE, *METHODS)),
-    help="Train on attacked images: madry (arXiv 1706.06083) or trades (arXiv 1901.08573).  [default: none]",
-)
-@click.option("--eps", type=_Distance(), help="Radius of the attack, pixels being from 0 to 1; 8/255 will do.")
-@click.option("--alpha", type=_Distance(), help="Step size of the attack.")
+@amp_option
+@adversarial_option
+@click.option("--eps", type=Distance(), help="Radius of the attack, pixels being from 0 to 1; 8/255 will do.")
+@click.option("--alpha", type=Distance(), help="Step size of the attack.")
 @click.option("--steps", type=click.IntRange(min=1), help="Steps of the attack.")
 @click.option("--norm", type=click.Choice(NORMS), help="Of the attack.  [default: linf]")
 @click.option("--random-start/--no-random-start", default=None, help="Where attacks begin.  [default: random]")
@@ -131,12 +112,8 @@ class _Milestones(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 )
 @click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), help="Of all randomness.  [default: 0]")
 @click.option("--samples", type=click.IntRange(min=1), help="Use only so many images. For a quick try.")
-@click.option("--device", help="cpu, or cuda for a GPU.  [default: cpu]")
-@click.option(
-    "--threads",
-    type=click.IntRange(min=1, max=_MOST_THREADS),
-    help="CPU threads; they change the last digits.  [default: 1 for digits, else what torch chooses]",
-)
+@device_option
+@threads_option
 @click.option("--out", type=Folder(), required=True, help="Folder for the run.")
 @click.option(
     "--resume", is_flag=True, help="Go on with the run in --out, with its options; begin it if none is there."
@@ -170,11 +147,11 @@ def train_command(out: Path, resume: bool, checkpoint_batches: int | None, tenso
       drsl train --resume --out runs/trades
       torchrun --nproc-per-node 4 -m drsl_kernels.robustness train --dataset cifar10 --device cuda --out runs/four
     """
+    keep_freed_memory()
     given = {name: value for name, value in options.items() if value is not None}
     try:
         settings = _settings(out, resume, given)
-        if settings.device.startswith("cuda"):  # read when a GPU is first used: products are summed in one order
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        fix_cublas(settings.device)
         with joined_world(settings.device) as world:
             check_device(settings.device)
             console = Console(quiet=world.rank > 0, markup=False)
@@ -199,14 +176,12 @@ def _settings(out: Path, resume: bool, given: dict[str, Any]) -> TrainingSetting
     if begun is None and resume and "dataset" not in given:
         raise click.UsageError(f"{out} holds no training run to resume; to begin one there, give --dataset")
     if begun is None:
-        begun = default_settings(given.get("dataset", "digits"))
-        if begun.dataset != "digits":
-            begun = dataclasses.replace(begun, threads=torch.get_num_threads())
+        begun = suited_to(given.get("dataset", "digits"))
     return dataclasses.replace(
         begun,
         dataset=given.get("dataset", begun.dataset),
         loss=_loss(begun.loss, given),
-        recipe=_recipe(begun, given),
+        recipe=changed_recipe(begun, given),
         **{name: given[name] for name in _OF_RUN if name in given},
     )
 
@@ -214,25 +189,6 @@ def _settings(out: Path, resume: bool, given: dict[str, Any]) -> TrainingSetting
 def _loss(begun: TrainingLoss, given: dict[str, Any]) -> TrainingLoss:
     name = given.get("loss_name", begun.name)
     return TrainingLoss(name, given.get("tau", begun.tau if name == begun.name else default_tau(name)))
-
-
-def _recipe(begun: TrainingSettings, given: dict[str, Any]) -> Recipe:
-    changes = {field: given[option] for option, field in _OF_RECIPE.items() if option in given}
-    if changes.get("schedule", "multistep") != "multistep":
-        changes.setdefault("milestones", ())
-    adversarial = begun.recipe.adversarial
-    method = given.get("adversarial", adversarial.method if adversarial else _NONE)
-    attack = {field: given[option] for option, field in _OF_ATTACK.items() if option in given}
-    if method == _NONE:
-        if attack:
-            option = next(option for option in _OF_ATTACK if option in given).replace("_", "-")
-            raise click.UsageError(f"--{option} needs --adversarial madry or trades")
-        adversarial = None
-    elif adversarial is None or adversarial.method != method:
-        adversarial = default_attack(given.get("dataset", begun.dataset), method)
-    if adversarial is not None:
-        adversarial = dataclasses.replace(adversarial, **attack)
-    return dataclasses.replace(begun.recipe, **changes, adversarial=adversarial)
 
 
 def _report(outcome: Outcome, out: Path, console: Console) -> None:

@@ -1,0 +1,79 @@
+"""Options of attacks that several commands have, and what they say together.
+
+Relies on `options` and `attack_names`; `attack_command` and `commands` rely on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import click
+
+from .attack_losses import ATTACK_LOSSES
+from .attack_names import KINDS, TRAINING, AttackParameters
+from .attacks import Norm
+from .autoattack import AUTOATTACK, require_package
+from .options import Attacks, Decorator
+
+__all__ = [
+    "attack_parameters",
+    "attacks_option",
+    "check_package",
+    "iterations_option",
+    "queries_option",
+    "restarts_option",
+    "steps_option",
+    "targets_option",
+]
+
+_NUMBERS: Final = AttackParameters()
+
+
+def attacks_option(default: Sequence[str], kinds: Sequence[str] = KINDS) -> Decorator:
+    """--attacks, of so many kinds."""
+    with_loss = [kind for kind in ("fgsm", "pgd", "pgd-t", "transfer") if kind in kinds]
+    return click.option(
+        "--attacks",
+        type=Attacks(),
+        default=",".join(default),
+        show_default=True,
+        help=f"What to attack with, names with commas between, of {', '.join(kinds)}. After "
+        f"{', '.join(with_loss[:-1])} and {with_loss[-1]} a colon and what to make large may follow: "
+        f"{', '.join((*ATTACK_LOSSES, TRAINING))}, the last being the loss that the model was trained with. pgd-t is "
+        f"PGD towards each of the likeliest wrong classes. {', '.join(AUTOATTACK)} need the extra 'autoattack'; the "
+        "name autoattack stands for the standard four of them.",
+    )
+
+
+def _number(name: str, default: int, text: str) -> Decorator:
+    return click.option(name, type=click.IntRange(min=1), default=default, show_default=True, help=text)
+
+
+steps_option = _number("--steps", _NUMBERS.steps, "Gradient steps of PGD.")
+restarts_option = _number(
+    "--restarts",
+    _NUMBERS.restarts,
+    "Random starts of PGD. Those of AutoAttack have one, as in its standard version.",
+)
+targets_option = _number(
+    "--targets",
+    _NUMBERS.targets,
+    "Classes that targeted attacks (pgd-t, apgd-t, fab-t) try, the likeliest wrong ones first.",
+)
+iterations_option = _number("--iterations", _NUMBERS.iterations, "Steps of APGD and FAB.")
+queries_option = _number("--queries", _NUMBERS.queries, "Points that Square looks at.")
+
+
+def attack_parameters(options: dict[str, Any], norm: Norm = "linf") -> AttackParameters:
+    names = ("steps", "restarts", "targets", "iterations", "queries")
+    return AttackParameters(norm, *(options[name] for name in names))
+
+
+def check_package(attacks: Sequence[str]) -> None:
+    """Find out before the work, not in its midst, that a package is missing."""
+    if any(name in AUTOATTACK for name in attacks):
+        try:
+            require_package()
+        except ModuleNotFoundError as error:
+            raise click.ClickException(str(error)) from error
