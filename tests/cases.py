@@ -117,3 +117,7 @@ def assert_error(
     error = (ours.double() - truth).abs()
     worst = (error - allowed).max().item()
     assert worst <= 0, f"{name}: error {error.max():.3e}, {worst:.3e} more than allowed"
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

@@ -191,3 +191,20 @@ def cuda_on_host(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     monkeypatch.setattr(backends, "_load", lambda name: on_host if name == "cuda" else load(name))
     monkeypatch.setattr(backends, "_devices", lambda name: ("cpu",) if name == "cuda" else devices(name))
     return on_host
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tiny tensors: threads that wait for one another make busy machines very slow."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def split() -> Any:
+    """A few digits: 70 to train with, and as many held out."""
+    from drsl_kernels.robustness.data import digits  # the tests that need a GPU do without what it imports
+
+    return digits().first(70)

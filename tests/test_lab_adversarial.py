@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from cases import seeded
 from torch import Tensor, nn
 
 from drsl_kernels.robustness import pgd, train
 from drsl_kernels.robustness.adversarial import adversarial_examples, batch_result, draw_starts
-from drsl_kernels.robustness.data import Split, digits
+from drsl_kernels.robustness.data import Split
 from drsl_kernels.robustness.losses import TrainingLoss
 from drsl_kernels.robustness.models import small_cnn
 from drsl_kernels.robustness.recipe import Adversarial, Recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CE = TrainingLoss("ce")
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The tensors are tiny, and threads that wait for one another make busy machines very slow."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def split() -> Split:
-    return digits().first(70)
 
 
 def linear(classes: int = 2) -> nn.Module:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from test_lab_attacks import one_thread, trained_cnn
+from test_lab_attacks import trained_cnn
 
 from drsl_kernels.robustness import TrainingLoss, attack_run
 from drsl_kernels.robustness.attack_names import AttackParameters, canonical_names, describe, make_attack
@@ -22,7 +22,8 @@ from drsl_kernels.robustness.checkpoint import save_checkpoint
 from drsl_kernels.robustness.commands import drsl
 from drsl_kernels.robustness.models import make_model
 
-__all__ = ["one_thread"]  # fixture
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 Pair = tuple[Path, Path]  # two checkpoints
 Done = tuple[Path, str]  # the folder of the results, and what was printed

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_lab_attacks import images, model, one_thread, seeded, trained_cnn
+from cases import seeded
+from test_lab_attacks import images, model, trained_cnn
 from torch import Tensor, nn
 
 from drsl_kernels.robustness import (
@@ -23,7 +24,9 @@ from drsl_kernels.robustness import (
 )
 from drsl_kernels.robustness.attack_table import AttackOutcome, AttackTable, run_attack
 
-__all__ = ["images", "model", "one_thread"]  # fixtures
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+__all__ = ["images", "model"]  # fixtures
 
 ATTACKS = (Attack("margin", steps=5, restarts=2), SingleStep("ce"), TargetedAttack("ce", steps=5, targets=3))
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import seeded
 from torch import Tensor, nn
 
 from drsl_kernels.robustness import (
@@ -29,6 +29,8 @@ from drsl_kernels.robustness.data import digits
 from drsl_kernels.robustness.losses import LOSS_NAMES
 from drsl_kernels.robustness.models import small_cnn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # of scipy, at what foolbox imports
     import foolbox
@@ -38,19 +40,6 @@ UNBOUNDED = (-math.inf, math.inf)
 
 def cross_entropy_of_torch(logits: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits, y, reduction="none")
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The tensors are tiny, and threads that wait for one another make busy machines very slow."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def trained_cnn(loss: TrainingLoss, seed: int = 0, epochs: int = 12) -> nn.Module:

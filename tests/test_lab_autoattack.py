@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from test_lab_attacks import images, model, one_thread, seeded
+from cases import seeded
+from test_lab_attacks import images, model
 from torch import Tensor, nn
 
 from drsl_kernels.robustness import Attack, AutoAttackMember
 from drsl_kernels.robustness.attack_table import run_attack
 from drsl_kernels.robustness.autoattack import AUTOATTACK
 
-__all__ = ["images", "model", "one_thread"]  # fixtures
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+__all__ = ["images", "model"]  # fixtures
 
 EPS = {"linf": 0.12, "l2": 0.8}
 

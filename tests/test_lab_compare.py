@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import json
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,19 +30,12 @@ from drsl_kernels.robustness.timing import plan_timing
 from drsl_kernels.robustness.train import Recipe
 from drsl_kernels.robustness.training_logs import EpochRow
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CE, DRSL = TrainingLoss("ce"), TrainingLoss("non_target_logits", 0.3)
 NUMBERS = ["--epochs", "3", "--batch-size", "8", "--samples", "40", "--eps", "0.05", "--steps", "2", "--restarts", "1"]
 TINY = ["--losses", "ce,non_target_logits", "--seeds", "1", *NUMBERS, "--check-images", "10"]
 RUNS = ["ce-tau0-seed0", "non_target_logits-tau0.3-seed0"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The tensors are tiny, and threads that wait for one another make busy machines very slow."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def leave_out_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +135,16 @@ class TestRuns:
         monkeypatch.setattr(engine, "train_epoch", None)
         invoke("compare", *TINY, "--out", tmp_path)
         assert outcome(tmp_path) == outcome(undisturbed)
+
+    def test_another_number_of_threads_is_no_other_run(
+        self, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+        monkeypatch.setattr(engine, "train_epoch", None)
+        monkeypatch.setattr(experiment, "judge", None)
+        said = invoke("compare", *TINY, "--threads", "2", "--out", tmp_path)
+        assert "used again: 2 of 2 runs" in said
+        assert "made anew" not in said
 
     def test_drsl_attack_takes_its_checkpoints(self, undisturbed: Path, tmp_path: Path) -> None:
         weights = undisturbed / "runs" / RUNS[1] / "best.pt"

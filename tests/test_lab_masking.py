@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_lab_attacks import images, model, one_thread, seeded, trained_cnn
+from cases import seeded
+from test_lab_attacks import images, model, trained_cnn
 from torch import Tensor, nn
 
 from drsl_kernels.robustness import Attack, TrainingLoss, Transfer, attack_table, masking
 from drsl_kernels.robustness.attack_table import AttackOutcome, AttackTable, run_attack
 
-__all__ = ["images", "model", "one_thread"]  # fixtures
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+__all__ = ["images", "model"]  # fixtures
 
 Images = tuple[Tensor, Tensor]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import seeded
 from torch import Tensor, nn
 
 from drsl_kernels.robustness import train
@@ -26,26 +27,10 @@ from drsl_kernels.robustness.optimisation import learning_rate_at, make_optimize
 from drsl_kernels.robustness.recipe import Adversarial, Recipe
 from drsl_kernels.robustness.settings import TrainingSettings
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CE = TrainingLoss("ce")
 QUICK = TrainingSettings(recipe=Recipe(epochs=3, batch_size=16), samples=70)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The tensors are tiny, and threads that wait for one another make busy machines very slow."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def split() -> Split:
-    return digits().first(70)
 
 
 def weights(model: nn.Module) -> Tensor:

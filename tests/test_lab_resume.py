@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,8 @@ from drsl_kernels.robustness.models import small_cnn
 from drsl_kernels.robustness.recipe import Adversarial, Recipe
 from drsl_kernels.robustness.settings import TrainingSettings
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = TrainingSettings(
     loss=TrainingLoss("non_target_logits", 0.3),
     recipe=Recipe(
@@ -43,15 +44,6 @@ TINY = TrainingSettings(
     samples=70,
     robust_images=20,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The tensors are tiny, and threads that wait for one another make busy machines very slow."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def equal(a: Any, b: Any) -> bool:

@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_lab_attacks import cross_entropy_of_torch, images, model, one_thread, other_classes, seeded
+from cases import seeded
+from test_lab_attacks import cross_entropy_of_torch, images, model, other_classes
 from torch import Tensor, nn
 
 from drsl_kernels.robustness import pgd
 from drsl_kernels.robustness.attack_losses import objective_of
 
-__all__ = ["images", "model", "one_thread"]  # fixtures
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+__all__ = ["images", "model"]  # fixtures
 
 
 class TestTargets:

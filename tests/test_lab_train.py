@@ -8,7 +8,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import seeded
 from click.testing import CliRunner
 from torch import Tensor, nn
 
@@ -32,26 +32,10 @@ from drsl_kernels.robustness.settings import TrainingSettings, default_settings
 from drsl_kernels.robustness.train import train_epoch
 from drsl_kernels.robustness.validation import Validation, validate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CE = TrainingLoss("ce")
 QUICK = TrainingSettings(recipe=Recipe(epochs=3, batch_size=16), samples=70)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The tensors are tiny, and threads that wait for one another make busy machines very slow."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def split() -> Split:
-    return digits().first(70)
 
 
 def weights(model: nn.Module) -> Tensor:

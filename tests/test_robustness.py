@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import seeded
 from torch import Tensor, nn
 
 from drsl_kernels.robustness import (
@@ -27,18 +28,7 @@ from drsl_kernels.robustness.losses import ALL_LOSSES, LOSS_NAMES
 from drsl_kernels.robustness.models import small_cnn
 from drsl_kernels.robustness.timing import time_epochs
 
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The tensors are tiny, and threads that wait for one another make busy machines very slow."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Steps(nn.Module):

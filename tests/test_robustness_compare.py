@@ -10,7 +10,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,7 @@ from drsl_kernels.robustness.losses import ALL_LOSSES, TrainingLoss
 from drsl_kernels.robustness.page import PAGES
 from drsl_kernels.robustness.pictures import PICTURES
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The tensors are tiny, and threads that wait for one another make busy machines very slow."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def drsl_compare(*options: str) -> Any:

@@ -202,11 +202,16 @@ class _Run:
         return self.training.recipe.epochs + self.settings.judging.starts() + checks
 
     def make_way(self, fresh: bool) -> None:
-        """Empty the folder of a run that was made with other settings, or of any."""
+        """Empty the folder of a run that was made with other settings, or of any.
+
+        A number of CPU threads is no such setting: where it is not given it follows the machine, and it changes last
+        digits alone. A run goes on with the number that it began with.
+        """
         if not fresh:
             before = engine.read_settings(self.folder)
             if before is None:
                 return
+            self.training = replace(self.training, threads=before.threads)
             different = differences(before.as_json(), self.training.as_json())
             if not different:
                 return
