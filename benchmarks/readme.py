@@ -1,7 +1,7 @@
-"""Fill the tables of README.md and docs/speed.md from the committed results: `python benchmarks/readme.py`.
+"""Fill the tables of README.md and docs/ from the committed results: `python benchmarks/readme.py`.
 
 With `--check` it compares only. A table stands between `<!-- NAME -->` and `<!-- end NAME -->`. Relies on
-benchmarks/results/; a test runs --check, so a number in a table cannot differ from the result that it comes from."""
+benchmarks/results/ and docs/evidence/; a test runs --check, so a number in a table cannot differ from the result that it comes from."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from targets import Target, targets
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+EVIDENCE = ROOT / "docs" / "evidence" / "fashion_mnist"
 
 
 @click.command()
 @click.option("--check", is_flag=True, help="Change nothing; fail if a table is not up to date.")
 def main(check: bool) -> None:
-    """Write the tables of README.md and docs/speed.md from benchmarks/results/."""
+    """Write the tables of README.md and docs/ from the committed results."""
     readme = {"demo": demo_table(), "ratios": ratio_table(), "targets": target_table(), "loop": loop_table()}
     speed = {"kernels": kernel_table(), "prediction": prediction_table()}
-    for name, tables in {"README.md": readme, "docs/speed.md": speed}.items():
+    evidence = {folder.name: evidence_table(folder) for folder in sorted(EVIDENCE.iterdir())}
+    pages = {"README.md": readme, "docs/speed.md": speed, "docs/evidence/fashion_mnist.md": evidence}
+    for name, tables in pages.items():
         path = ROOT / name
         old = path.read_text()
         new = filled(old, name, tables)
@@ -55,6 +58,22 @@ def demo_table() -> str:
     lines.append(_row(["seconds per epoch", *[f"{c['seconds_per_epoch']:.4f}" for c in columns]]))
     lines.append(_row(["ratio to `F.cross_entropy`", *[f"{c['ratio_to_cross_entropy']:.2f}" for c in columns]]))
     return "\n".join(lines) + "\n"
+
+
+def evidence_table(folder: Path) -> str:
+    """Clean and robust accuracy of one comparison, a line for each loss."""
+    result = json.loads((folder / "results.json").read_text())
+    radii = [entry["eps"] for entry in result["summary"][0]["robust_accuracy"]]
+    heads = ["trained with", "clean", *(f"eps {eps:g}" for eps in radii), "masking checks that warn"]
+    lines = [_row(heads), _row(["---", *["---:"] * (len(radii) + 1), "---"])]
+    for c in result["summary"]:
+        name = f"{c['loss']} tau={c['tau']:g}" if c["tau"] else c["loss"]
+        found = [check for check in result["checks"] if (check["loss"], check["tau"]) == (c["loss"], c["tau"])]
+        warned = [f"{check['name']} ({check['warns']})" for check in found if check["warns"]]
+        told = ", ".join(warned) or ("none" if found else "not made")
+        lines.append(_row([name, _percent(c["clean_accuracy"]), *map(_percent, c["robust_accuracy"]), told]))
+    notes = [result["meaning"][key] for key in ("training", "accuracy", "robust")]
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
 
 
 def ratio_table() -> str:
@@ -147,8 +166,9 @@ def _row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _percent(value: dict[str, float]) -> str:
-    return f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f}"
+def _percent(value: dict[str, float | None]) -> str:
+    mean = f"{100 * value['mean']:.1f}"
+    return mean if value["std"] is None else f"{mean} ± {100 * value['std']:.1f}"
 
 
 if __name__ == "__main__":

@@ -53,6 +53,20 @@ def test_every_kind_of_nan_stays_nan_in_bfloat16(classes: int, bits: int) -> Non
         torch.testing.assert_close(is_nan, _nan_of_float32(loss, z, y))
 
 
+@pytest.mark.parametrize("bits", [0x7F800001, 0x7FFFFFFF, 0x7FC00000])
+@pytest.mark.parametrize("classes", [3, 10, 100, 400, 3000])
+def test_every_kind_of_nan_among_probabilities_stays_nan_in_bfloat16(classes: int, bits: int) -> None:
+    shares = F.one_hot(torch.arange(16) % 3, classes).float()
+    shares[::2, 1] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    loss = partial(fused_drsl_loss, tau=0.5, reduction="sum")
+    z = leaf("bfloat16", rows=16, classes=classes)
+    loss(z, shares).backward()
+    assert z.grad is not None
+    is_nan = z.grad.isnan()
+    assert is_nan[::2, 1].all()
+    torch.testing.assert_close(is_nan, _nan_of_float32(loss, z, shares))
+
+
 def _nan_of_float32(loss: Callable[..., torch.Tensor], z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     wide = z.detach().float().requires_grad_()
     loss(wide, y).sum().backward()
