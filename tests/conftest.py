@@ -45,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Slow tests come first, so that no worker is left with them; large grids are thinned but for the CPU's kernels."""
+    """Slow tests come first, so that no worker is left with them; large grids are thinned."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if config.getoption("--all-cases"):
         return
@@ -65,7 +65,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 LEFT_OUT = pytest.StashKey[int]()
 SMALL_GRID = 20  # cases; of larger ones a backend gets one in so many, in which every value of every parameter comes up
-ONE_OF = {"triton": 24, "cuda": 10, "reference": 8}
+ONE_OF = {"triton": 36, "cuda": 16, "reference": 16, "cpp": 2}
 
 
 def thinned(grid: list[pytest.Function], one_of: int) -> set[pytest.Item]:
