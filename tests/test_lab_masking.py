@@ -266,3 +266,10 @@ class TestGrowingEps:
 
     def test_a_single_radius(self) -> None:
         assert masking.never_rises(table(outcome("pgd", [1, -1]))).outcome == "not run"
+
+
+@pytest.mark.parametrize("name", list(masking.checks_of_model(nn.Identity(), torch.zeros(0, 4), torch.zeros(0))))
+def test_no_image_is_no_pass(name: str) -> None:
+    checks = masking.checks_of_model(nn.Linear(4, 2), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    with pytest.raises(ValueError, match="x must hold one image or more, got none"):
+        checks[name]()
