@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,8 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from torch import nn
 
+from drsl_kernels.robustness import pictures
 from drsl_kernels.robustness.attack_names import AttackParameters
 from drsl_kernels.robustness.data import digits
 from drsl_kernels.robustness.experiment import Comparison, Settings
@@ -73,6 +77,44 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw_pictures(comparison(), folder)
     write_pages(comparison(), folder)
     return folder
+
+
+def with_losses(count: int) -> Comparison:
+    losses = tuple(TrainingLoss("non_target_logits", tau + 0.125) for tau in range(count))
+    runs = tuple(run(loss, 0, (0.6 - loss.tau / 100, 0.1)) for loss in losses)
+    times = {loss: EpochTime(0.01, 1.0) for loss in losses}
+    return replace(comparison(), losses=losses, seeds=(0,), runs=runs, checks=((PASSED,),) * count, times=times)
+
+
+@pytest.mark.parametrize("count", [1, 9, 13])
+@pytest.mark.parametrize("draw", [pictures._robust_accuracy, pictures._training_curves])
+def test_many_losses_can_be_told_apart(count: int, draw: Callable[[Comparison], Figure]) -> None:
+    figure = draw(with_losses(count))
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box, page = legend.get_window_extent(), figure.bbox
+    assert page.x0 <= box.x0 < box.x1 <= page.x1
+    assert page.y0 <= box.y0 < box.y1 <= page.y1
+    for axes in figure.axes:
+        assert not axes.get_visible() or box.y1 < axes.get_tightbbox().y0
+        assert axes.get_window_extent().height > 0.4 * page.height
+    lines = figure.axes[0].lines
+    assert len(legend.legend_handles) == len({(line.get_color(), line.get_marker()) for line in lines}) == count
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == count
+
+
+def test_a_single_epoch_is_drawn() -> None:
+    found = comparison()
+    short = replace(found, runs=tuple(replace(run, epochs=run.epochs[:1], best_epoch=1) for run in found.runs))
+    figure = pictures._training_curves(short)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    page = np.asarray(canvas.buffer_rgba())[::-1]
+    for axes in figure.axes[:2]:
+        low, high = axes.get_xlim()
+        assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [1]
+        x0, y0, x1, y1 = (round(edge) for edge in axes.get_window_extent().extents)
+        assert (page[y0:y1, x0:x1, :3] == (230, 159, 0)).all(-1).any(), "the colour of the second loss"
 
 
 def markdown(folder: Path, found: Comparison) -> str:
