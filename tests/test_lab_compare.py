@@ -146,6 +146,11 @@ class TestRuns:
         assert "used again: 2 of 2 runs" in said
         assert "made anew" not in said
 
+    def test_a_path_is_printed_as_it_is(self, undisturbed: Path, tmp_path: Path) -> None:
+        out = tmp_path / "cm[/b]p:+1:"
+        shutil.copytree(undisturbed / "runs", out / "runs")
+        assert f"Written to {out}: results.json" in invoke("compare", *TINY, "--out", out)
+
     def test_drsl_attack_takes_its_checkpoints(self, undisturbed: Path, tmp_path: Path) -> None:
         weights = undisturbed / "runs" / RUNS[1] / "best.pt"
         numbers = ["--samples", "40", "--eps", "0.05", "--steps", "2", "--restarts", "1", "--check-samples", "0"]

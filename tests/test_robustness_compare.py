@@ -398,7 +398,7 @@ class TestCommand:
         assert capsys.readouterr().out.startswith("drsl, version ")
 
     def test_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in ("commands", "compare_command"):
+        for name in ("commands", "compare_command", "command_parts"):
             monkeypatch.delitem(sys.modules, f"drsl_kernels.robustness.{name}")
         monkeypatch.setitem(sys.modules, "rich.console", None)  # as if rich were not installed
         with pytest.raises(SystemExit, match=re.escape("'rich': pip install 'drsl_kernels[lab]'")):

@@ -17,7 +17,15 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-__all__ = ["ProgressBars", "check_device", "fix_cublas", "keep_freed_memory", "prepare_folder", "reproducible"]
+__all__ = [
+    "ProgressBars",
+    "check_device",
+    "fix_cublas",
+    "keep_freed_memory",
+    "plain_console",
+    "prepare_folder",
+    "reproducible",
+]
 
 # Of glibc's malloc.h, with the largest values that its releases take.
 _TRIM_THRESHOLD: Final = (-1, (2**31 - 1,))
@@ -39,6 +47,11 @@ def keep_freed_memory() -> None:
         return
     for parameter, values in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
         any(mallopt(parameter, value) == 1 for value in values)  # the first that is taken
+
+
+def plain_console() -> Console:
+    """A console that prints what it is given: brackets and colons in a path mean nothing else."""
+    return Console(markup=False, emoji=False)
 
 
 def check_device(device: str) -> None:
@@ -89,7 +102,7 @@ class ProgressBars:
 
     def __init__(self, console: Console, runs: int) -> None:
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -118,7 +131,7 @@ class ProgressBars:
         self._bars.advance(self._all)
 
     def note(self, text: str) -> None:
-        self._bars.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._bars.console.print(text, highlight=False, soft_wrap=True)
 
     def begin_timing(self) -> None:
         self._bars.reset(self._current, total=None, description="timing the losses side by side")
