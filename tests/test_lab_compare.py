@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from drsl_kernels.robustness.losses import ALL_LOSSES, DEFAULT_TAUS, TrainingLos
 from drsl_kernels.robustness.masking import Check
 from drsl_kernels.robustness.models import small_cnn
 from drsl_kernels.robustness.run_checks import findings
-from drsl_kernels.robustness.settings import TrainingSettings
+from drsl_kernels.robustness.settings import TrainingSettings, default_settings
 from drsl_kernels.robustness.timing import plan_timing
 from drsl_kernels.robustness.train import Recipe
 from drsl_kernels.robustness.training_logs import EpochRow
@@ -150,6 +151,20 @@ class TestRuns:
         out = tmp_path / "cm[/b]p:+1:"
         shutil.copytree(undisturbed / "runs", out / "runs")
         assert f"Written to {out}: results.json" in invoke("compare", *TINY, "--out", out)
+
+    def test_a_comparison_that_cannot_be_timed(
+        self, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def diverges(*arguments: object, **options: object) -> None:
+            raise FloatingPointError("the loss is nan")
+
+        shutil.copytree(undisturbed / "runs", tmp_path / "runs")
+        monkeypatch.setattr(experiment, "time_epochs", diverges)
+        said = invoke("compare", *TINY, "--out", tmp_path)
+        assert "not timed: at a constant learning rate training diverged" in said
+        lines = json.loads((tmp_path / "results.json").read_text())["summary"]
+        assert [(line["seconds_per_epoch"], line["ratio_to_cross_entropy"]) for line in lines] == [(None, None)] * 2
+        assert outcome(tmp_path) == outcome(undisturbed)
 
     def test_drsl_attack_takes_its_checkpoints(self, undisturbed: Path, tmp_path: Path) -> None:
         weights = undisturbed / "runs" / RUNS[1] / "best.pt"
@@ -351,6 +366,23 @@ def test_timing_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("drsl_kernels.robustness.timing._SECONDS", 1e-9)
     bounded = plan_timing(4, lambda: small_cnn(0), x, y, Recipe(batch_size=10))
     assert (bounded.images, bounded.all_images, bounded.rounds) == (10, 100, 5)
+
+
+def test_the_images_of_training_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def plan(losses: int, make: object, x: torch.Tensor, *rest: object) -> None:
+        seen.append(len(x))
+        raise FloatingPointError("the loss is nan")
+
+    said: list[str] = []
+    monkeypatch.setattr(experiment, "plan_timing", plan)
+    progress = SimpleNamespace(note=said.append)
+    for images in (None, 40):
+        settings = experiment.Settings(replace(default_settings("digits"), samples=images))
+        assert experiment._time(settings, [CE], 0, progress) == ({}, None)  # type: ignore[arg-type]
+    assert seen == [1000, 40]  # 297 of the 1297 choose the epoch
+    assert said == ["The losses are not timed: the loss is nan"] * 2
 
 
 def test_defaults_cover_every_loss() -> None:

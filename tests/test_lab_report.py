@@ -179,6 +179,11 @@ def test_it_says_what_was_done(tmp_path: Path) -> None:
     assert "These images chose" not in markdown(tmp_path, comparison())
 
 
+def test_no_times(tmp_path: Path) -> None:
+    text = markdown(tmp_path, replace(comparison(), times={}, timed=None))
+    assert "| seconds per epoch | not timed | not timed |" in text
+
+
 def test_no_baseline(tmp_path: Path) -> None:
     found = comparison()
     alone = replace(found, losses=(DRSL,), runs=found.runs[3:], checks=found.checks[3:])

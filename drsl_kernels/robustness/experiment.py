@@ -83,7 +83,7 @@ class Settings:
 @dataclass(frozen=True)
 class Comparison:
     """The outcome of `compare`: runs by loss, then seed, and the masking checks of each; `reused` counts the runs that
-    were found judged.
+    were found judged. `timed` is None, and `times` empty, where timing went wrong.
     """
 
     settings: Settings
@@ -92,7 +92,7 @@ class Comparison:
     runs: tuple[RunResult, ...]
     checks: tuple[tuple[Check, ...], ...]
     times: dict[TrainingLoss, EpochTime]
-    timed: Timed
+    timed: Timed | None
     reused: int
 
     def of(self, loss: TrainingLoss) -> list[RunResult]:
@@ -153,8 +153,7 @@ def compare(
         FileExistsError, ValueError: a run's folder holds something that training cannot go on from.
     """
     training = settings.training
-    split = load(training.dataset, data_dir=training.data_dir, held_out=settings.judging.held_out)
-    x, y = (part[: settings.judging.images] for part in (split.held_out_x, split.held_out_y))
+    x, y = _images_to_judge_with(settings)
     images = digest_of_tensors(x, y)
     x, y = x.to(training.device), y.to(training.device)
     runs, checks = [], []
@@ -174,7 +173,7 @@ def compare(
             checks.append(tuple(run.check(result, x, y)))
             progress.end_run()
     progress.begin_timing()
-    times, timed = _time(settings, losses, seeds[0], split.train_x, split.train_y)
+    times, timed = _time(settings, losses, seeds[0], progress)
     return Comparison(settings, tuple(losses), tuple(seeds), tuple(runs), tuple(checks), times, timed, reused)
 
 
@@ -308,15 +307,24 @@ class _Epochs(engine.Silent):
         self._progress.step("training")
 
 
+def _images_to_judge_with(settings: Settings) -> tuple[Tensor, Tensor]:
+    training, judging = settings.training, settings.judging
+    split = load(training.dataset, data_dir=training.data_dir, held_out=judging.held_out)
+    return split.held_out_x[: judging.images], split.held_out_y[: judging.images]
+
+
 def _training_json(training: TrainingSettings, without: Sequence[str] = ()) -> dict[str, Any]:
     """What decides the weights: where the data lie does not."""
     return {name: value for name, value in training.as_json().items() if name not in ("data_dir", *without)}
 
 
 def _time(
-    settings: Settings, losses: Sequence[TrainingLoss], seed: int, x: Tensor, y: Tensor
-) -> tuple[dict[TrainingLoss, EpochTime], Timed]:
-    """Seconds per epoch over all training images; of a large data set a part is timed, and scaled."""
+    settings: Settings, losses: Sequence[TrainingLoss], seed: int, progress: Progress
+) -> tuple[dict[TrainingLoss, EpochTime], Timed | None]:
+    """Seconds per epoch over the images that training uses; of a large data set a part is timed, and scaled.
+
+    At the highest rate of a schedule, all the time, training may diverge: then there are no times.
+    """
     training, info = settings.training, dataset_info(settings.training.dataset)
     # A schedule would end before the rounds do.
     recipe = replace(training.recipe, schedule="constant", milestones=(), warmup_epochs=0.0)
@@ -329,9 +337,14 @@ def _time(
         mean=info.mean,
         std=info.std,
     )
-    x, y = x[: training.samples], y[: training.samples]
-    plan = plan_timing(len(losses), make, x, y, recipe, training.device)
-    x, y = (part[: plan.images].to(training.device) for part in (x, y))
-    times = time_epochs(losses, make, x, y, recipe, rounds=plan.rounds)
+    split = load(training.dataset, data_dir=training.data_dir, held_out="validation")
+    x, y = split.train_x[: training.samples], split.train_y[: training.samples]
+    try:
+        plan = plan_timing(len(losses), make, x, y, recipe, training.device)
+        x, y = (part[: plan.images].to(training.device) for part in (x, y))
+        times = time_epochs(losses, make, x, y, recipe, rounds=plan.rounds)
+    except FloatingPointError as error:
+        progress.note(f"The losses are not timed: {error}")
+        return {}, None
     scale = plan.all_images / plan.images
     return {loss: replace(time, seconds=time.seconds * scale) for loss, time in times.items()}, plan

@@ -18,7 +18,7 @@ from .identity import environment
 from .inside_pictures import attack_correlation
 from .losses import BASELINE, TrainingLoss
 from .pictures import PICTURES
-from .report import MeanStd, accuracies, explanation, felled_by
+from .report import MeanStd, accuracies, explanation, felled_by, time_rows
 from .storage import write_atomically
 
 __all__ = ["PAGES", "write_pages"]
@@ -72,9 +72,7 @@ def _page(comparison: Comparison) -> _Page:
         [name, *(value.percent() for value in values)]
         for name, values in zip(names, zip(*columns, strict=True), strict=True)
     ]
-    times = [comparison.times[loss] for loss in losses]
-    rows.append(["seconds per epoch", *(f"{time.seconds:.4f}" for time in times)])
-    rows.append(["ratio to F.cross_entropy", *(f"{time.ratio:.2f}" for time in times)])
+    rows += time_rows(comparison, losses)
     ranks = [attack_correlation(comparison, loss) for loss in losses]
     rows.append(["distance and being broken, rank correlation", *("" if r is None else f"{r:+.2f}" for r in ranks)])
     software = "; ".join(f"{what} {value}" for what, value in environment().items())

@@ -33,6 +33,7 @@ __all__ = [
     "felled_by",
     "finding_lines",
     "results_tables",
+    "time_rows",
     "write_results",
 ]
 
@@ -73,11 +74,16 @@ def explanation(comparison: Comparison) -> dict[str, str]:
             f"per-sample worst case over {attacks_in_words(judging.attacks, judging.parameters)}; "
             "no pixel, in [0, 1], changed by more than eps"
         ),
-        "time": (
-            f"{comparison.timed.in_words()}, turns taken with F.cross_entropy, on {training.device}"
-            + (f", threads: {training.threads}" if training.device == "cpu" else "")
-        ),
+        "time": _timing_in_words(comparison),
     }
+
+
+def _timing_in_words(comparison: Comparison) -> str:
+    if comparison.timed is None:
+        return "not timed: at a constant learning rate training diverged"
+    training = comparison.settings.training
+    threads = f", threads: {training.threads}" if training.device == "cpu" else ""
+    return f"{comparison.timed.in_words()}, turns taken with F.cross_entropy, on {training.device}{threads}"
 
 
 def finding_lines(comparison: Comparison) -> list[Text]:
@@ -137,10 +143,18 @@ def _table(comparison: Comparison, losses: Sequence[TrainingLoss]) -> Table:
     for eps, values in zip(comparison.settings.judging.epsilons, robust, strict=True):
         table.add_row(f"robust, eps {eps:.4g}", *(value.percent() for value in values))
     table.add_section()
-    times = [comparison.times[loss] for loss in losses]
-    table.add_row("seconds per epoch", *(f"{time.seconds:.4f}" for time in times))
-    table.add_row("ratio to F.cross_entropy", *(f"{time.ratio:.2f}" for time in times))
+    for row in time_rows(comparison, losses):
+        table.add_row(*row)
     return table
+
+
+def time_rows(comparison: Comparison, losses: Sequence[TrainingLoss]) -> list[list[str]]:
+    """The last rows of tables: what they are, then one cell per loss."""
+    times = [comparison.times.get(loss) for loss in losses]
+    return [
+        ["seconds per epoch", *("not timed" if time is None else f"{time.seconds:.4f}" for time in times)],
+        ["ratio to F.cross_entropy", *("not timed" if time is None else f"{time.ratio:.2f}" for time in times)],
+    ]
 
 
 def accuracies(runs: Sequence[RunResult]) -> list[MeanStd]:
@@ -177,7 +191,7 @@ def _as_json(comparison: Comparison) -> dict[str, Any]:
 
 def _summary(comparison: Comparison, loss: TrainingLoss) -> dict[str, Any]:
     clean, *robust = accuracies(comparison.of(loss))
-    time = comparison.times[loss]
+    time = comparison.times.get(loss)
     return {
         "loss": loss.name,
         "tau": loss.tau,
@@ -186,8 +200,8 @@ def _summary(comparison: Comparison, loss: TrainingLoss) -> dict[str, Any]:
             {"eps": eps, **asdict(value)}
             for eps, value in zip(comparison.settings.judging.epsilons, robust, strict=True)
         ],
-        "seconds_per_epoch": time.seconds,
-        "ratio_to_cross_entropy": time.ratio,
+        "seconds_per_epoch": None if time is None else time.seconds,
+        "ratio_to_cross_entropy": None if time is None else time.ratio,
     }
 
 
