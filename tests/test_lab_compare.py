@@ -141,11 +141,22 @@ class TestRuns:
         self, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+        (tmp_path / "runs" / RUNS[0] / "judged.json").unlink()
         monkeypatch.setattr(engine, "train_epoch", None)
-        monkeypatch.setattr(experiment, "judge", None)
+        judged_on: list[int] = []
+        judge = experiment.judge
+
+        def spy(*arguments: Any, **options: Any) -> RunResult:
+            judged_on.append(torch.get_num_threads())
+            return judge(*arguments, **options)
+
+        monkeypatch.setattr(experiment, "judge", spy)
         said = invoke("compare", *TINY, "--threads", "2", "--out", tmp_path)
-        assert "used again: 2 of 2 runs" in said
+        assert "used again: 1 of 2 runs" in said
         assert "made anew" not in said
+        assert judged_on == [1]
+        assert [run["threads"] for run in outcome(tmp_path)["runs"]] == [1, 1]
+        assert outcome(tmp_path)["runs"] == outcome(undisturbed)["runs"]
 
     def test_a_path_is_printed_as_it_is(self, undisturbed: Path, tmp_path: Path) -> None:
         out = tmp_path / "cm[/b]p:+1:"

@@ -68,7 +68,8 @@ def comparison(ours: tuple[float, float] = (0.6, 0.1), clean: float = 0.9, seeds
     times = {loss: EpochTime(0.01, 1.0) for loss in (CE, DRSL)}
     settings = Settings(judging=Judging(epsilons=(0.1, 0.3)))
     checks = ((PASSED,),) * len(runs)
-    return Comparison(settings, (CE, DRSL), tuple(range(seeds)), tuple(runs), checks, times, Timed(100, 100, 20), 0)
+    timed, threads = Timed(100, 100, 20), (1,) * len(runs)
+    return Comparison(settings, (CE, DRSL), tuple(range(seeds)), tuple(runs), checks, times, timed, 0, threads)
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +178,22 @@ def test_it_says_what_was_done(tmp_path: Path) -> None:
     ):
         assert words in text, words
     assert "These images chose" not in markdown(tmp_path, comparison())
+
+
+def test_radii_that_are_nearly_alike(tmp_path: Path) -> None:
+    found = comparison()
+    text = markdown(tmp_path, replace(found, settings=Settings(judging=Judging(epsilons=(0.10001, 0.100012)))))
+    assert "| robust, eps 0.10001 |" in text
+    assert "| robust, eps 0.100012 |" in text
+
+
+@pytest.mark.parametrize(("images", "said"), [(40, "all 40 images"), (1001, "the first 1000 of 1001 images")])
+def test_what_single_values_are_about(tmp_path: Path, images: int, said: str) -> None:
+    found = comparison()
+    text = markdown(tmp_path, replace(found, runs=tuple(replace(run, images=images) for run in found.runs)))
+    assert f"| distance and being broken, rank correlation ({said}, eps 0.1) |" in text
+    assert f"before and after the attack. Of {said}; the attack is within eps 0.1.](second_largest_softmax.png)" in text
+    assert f"Of {said}; the attack is within eps 0.1.](distance_and_attack.png)" in text
 
 
 def test_no_times(tmp_path: Path) -> None:

@@ -9,12 +9,14 @@ and `data`; the reports, the pictures and `compare_command` rely on it.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from . import engine
@@ -82,8 +84,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The outcome of `compare`: runs by loss, then seed, and the masking checks of each; `reused` counts the runs that
-    were found judged. `timed` is None, and `times` empty, where timing went wrong.
+    """The outcome of `compare`: runs by loss, then seed, and the masking checks of each.
+
+    `reused` counts the runs that were found judged, `threads` are those that each run was made with. `timed` is None,
+    and `times` empty, where timing went wrong.
     """
 
     settings: Settings
@@ -94,6 +98,7 @@ class Comparison:
     times: dict[TrainingLoss, EpochTime]
     timed: Timed | None
     reused: int
+    threads: tuple[int, ...]
 
     def of(self, loss: TrainingLoss) -> list[RunResult]:
         return [run for run in self.runs if run.loss == loss]
@@ -156,7 +161,7 @@ def compare(
     x, y = _images_to_judge_with(settings)
     images = digest_of_tensors(x, y)
     x, y = x.to(training.device), y.to(training.device)
-    runs, checks = [], []
+    runs, checks, threads = [], [], []
     reused = 0
     for loss in losses:
         for seed in seeds:
@@ -164,17 +169,29 @@ def compare(
             run = _Run(settings, loss, seed, place, images, progress)
             progress.begin_run(f"{loss}, seed {seed}", run.steps())
             run.make_way(fresh)
-            result = run.judged()
-            if result is None:
-                result = run.judge(x, y)
-            else:
-                reused += 1
-            runs.append(result)
-            checks.append(tuple(run.check(result, x, y)))
+            threads.append(run.training.threads)
+            with _on_threads(run.training.threads):
+                result = run.judged()
+                if result is None:
+                    result = run.judge(x, y)
+                else:
+                    reused += 1
+                runs.append(result)
+                checks.append(tuple(run.check(result, x, y)))
             progress.end_run()
     progress.begin_timing()
     times, timed = _time(settings, losses, seeds[0], progress)
-    return Comparison(settings, tuple(losses), tuple(seeds), tuple(runs), tuple(checks), times, timed, reused)
+    return Comparison(
+        settings,
+        tuple(losses),
+        tuple(seeds),
+        tuple(runs),
+        tuple(checks),
+        times,
+        timed,
+        reused,
+        tuple(threads),
+    )
 
 
 def run_folder(folder: Path, loss: TrainingLoss, seed: int) -> Path:
@@ -204,7 +221,7 @@ class _Run:
         """Empty the folder of a run that was made with other settings, or of any.
 
         A number of CPU threads is no such setting: where it is not given it follows the machine, and it changes last
-        digits alone. A run goes on with the number that it began with.
+        digits alone. A run goes on, and is judged, with the number that it began with.
         """
         if not fresh:
             before = engine.read_settings(self.folder)
@@ -305,6 +322,16 @@ class _Epochs(engine.Silent):
     def _step(self) -> None:
         self._done += 1
         self._progress.step("training")
+
+
+@contextmanager
+def _on_threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _images_to_judge_with(settings: Settings) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from typing import Any, Final
 from rich.table import Table
 from rich.text import Text
 
-from .attack_names import attacks_in_words
+from .attack_names import attacks_in_words, eps_names
 from .experiment import Comparison
 from .identity import environment
 from .judging import RunResult
@@ -140,8 +140,8 @@ def _table(comparison: Comparison, losses: Sequence[TrainingLoss]) -> Table:
         table.add_column(str(loss).replace(" ", "\n"), justify="right")
     clean, *robust = zip(*(accuracies(comparison.of(loss)) for loss in losses), strict=True)
     table.add_row("clean", *(value.percent() for value in clean))
-    for eps, values in zip(comparison.settings.judging.epsilons, robust, strict=True):
-        table.add_row(f"robust, eps {eps:.4g}", *(value.percent() for value in values))
+    for name, values in zip(eps_names(comparison.settings.judging.epsilons), robust, strict=True):
+        table.add_row(f"robust, eps {name}", *(value.percent() for value in values))
     table.add_section()
     for row in time_rows(comparison, losses):
         table.add_row(*row)
@@ -175,6 +175,7 @@ def felled_by(comparison: Comparison, run: RunResult) -> list[dict[str, Any]]:
 
 
 def _as_json(comparison: Comparison) -> dict[str, Any]:
+    runs = zip(comparison.runs, comparison.threads, comparison.checks, strict=True)
     return {
         "meaning": explanation(comparison) | {"units": "accuracies are fractions, times are seconds"},
         "environment": environment(),
@@ -183,8 +184,8 @@ def _as_json(comparison: Comparison) -> dict[str, Any]:
         "summary": [_summary(comparison, loss) for loss in comparison.losses],
         "checks": [_finding(finding) for finding in comparison.findings()],
         "runs": [
-            _run(comparison, run) | {"checks": [asdict(check) for check in checks]}
-            for run, checks in zip(comparison.runs, comparison.checks, strict=True)
+            _run(comparison, run) | {"threads": threads, "checks": [asdict(check) for check in checks]}
+            for run, threads, checks in runs
         ],
     }
 
