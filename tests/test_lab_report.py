@@ -170,7 +170,7 @@ def test_it_says_what_was_done(tmp_path: Path) -> None:
         "# Accuracy of cifar10 classifiers under attack",
         "resnet18 on cifar10, 3 epochs of adam at 0.002 (constant)",
         "adversarial training (trades) with 7 steps of 0.00784 within eps 0.03137 (linf)",
-        "40 % of the training labels wrong",
+        "40 % of the training labels wrong, those that choose the epoch all right",
         "PGD with 7 steps and 2 random starts on log_odds, Square with 50 queries",
         "median of 5 rounds over 128 of 45000 training images, scaled to all",
         "These images chose the best epoch of each run, too",

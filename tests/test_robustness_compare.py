@@ -390,6 +390,11 @@ class TestCommand:
             assert option in text
         assert "non_target_logits=0.3" in text
 
+    @pytest.mark.parametrize("command", ["compare", "train"])
+    def test_help_says_which_labels_choose_the_epoch(self, command: str) -> None:
+        text = " ".join(CliRunner().invoke(drsl, [command, "--help"]).output.split())
+        assert "The labels that choose the best epoch stay right" in text
+
     def test_as_a_module(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         monkeypatch.setattr(sys, "argv", ["python", "--version"])
         with pytest.raises(SystemExit) as stop:

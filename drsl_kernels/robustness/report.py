@@ -111,7 +111,9 @@ def training_in_words(training: TrainingSettings) -> str:
             f"eps {attack.eps:.4g} ({attack.norm})"
         )
     if recipe.label_noise:
-        said.append(f"{100 * recipe.label_noise:g} % of the training labels wrong")
+        said.append(
+            f"{100 * recipe.label_noise:g} % of the training labels wrong, those that choose the epoch all right"
+        )
     if recipe.amp != "none":
         said.append(f"mixed precision ({recipe.amp})")
     return ", ".join(said) + "; the weights of the best epoch on images held out of training"
