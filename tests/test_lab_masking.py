@@ -141,6 +141,11 @@ class TestLargeEps:
         check = masking.falls_with_eps(knows_three, x[y <= 3], y[y <= 3])
         assert check.numbers["left"] == pytest.approx((y[y <= 3] == 3).double().mean().item())
 
+    def test_one_class_tells_nothing(self, images: Images) -> None:
+        x, y = images
+        check = masking.falls_with_eps(lambda points: torch.eye(10)[3].expand(len(points), 10), x[y == 3], y[y == 3])
+        assert check.outcome == "not run"
+
 
 class TestSteps:
     @pytest.mark.parametrize("norm", ["linf", "l2"])
