@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -355,6 +356,29 @@ class TestStorage:
         assert seen[0].suffix == ".png"
         assert seen[0] != path
         assert os.listdir(tmp_path) == ["picture.png"]
+
+    def test_it_is_on_the_disk_before_it_has_its_name(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        done: list[str] = []
+        fsync, replace = os.fsync, os.replace
+
+        def sync(descriptor: int) -> None:
+            done.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+            fsync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", sync)
+        monkeypatch.setattr(os, "replace", lambda *paths: (done.append("name"), replace(*paths)))
+        storage.write_json(tmp_path / "numbers.json", [1])
+        assert done == ["file", "name", "folder"]
+
+    def test_what_was_left_behind_is_cleared(self, tmp_path: Path) -> None:
+        """Not what another process may be writing at this moment."""
+        old, new, result = (tmp_path / name for name in (".unfinished-1-a", ".unfinished-2-a", "a"))
+        for path in (old, new, result):
+            path.touch()
+        for path in (old, result):
+            os.utime(path, (0, 0))
+        storage.clear_unfinished(tmp_path)
+        assert sorted(tmp_path.iterdir()) == [new, result]
 
     def test_nan_is_not_json(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="not JSON compliant"):

@@ -24,7 +24,15 @@ from .attack_parts import parts_of
 from .attack_report import RESULTS, check_lines, explanation, heading, results_table, write_results
 from .attack_run import AttackSettings, Subject, attack_checkpoint, load_subject
 from .attacks import NORMS, Norm
-from .command_parts import ProgressBars, check_device, keep_freed_memory, plain_console, prepare_folder, reproducible
+from .command_parts import (
+    ProgressBars,
+    check_device,
+    keep_freed_memory,
+    one_process,
+    plain_console,
+    prepare_folder,
+    reproducible,
+)
 from .data import PARTS, Part
 from .options import Folder, Radii
 
@@ -127,6 +135,7 @@ def attack_command(checkpoints: tuple[Path, ...], sources: tuple[Path, ...], **o
     A robust accuracy is an upper bound: take the worst case, over attacks of several kinds, one of them without
     gradients (square, transfer), and look at the warnings.
     """
+    one_process("drsl attack")
     keep_freed_memory()
     settings, out = _settings(options, bool(sources)), options["out"]
     check_device(settings.device)

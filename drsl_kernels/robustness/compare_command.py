@@ -28,6 +28,7 @@ from .command_parts import (
     check_device,
     fix_cublas,
     keep_freed_memory,
+    one_process,
     plain_console,
     prepare_folder,
     reproducible,
@@ -213,6 +214,7 @@ def compare_command(
     and uniform=0.3,30: once at the tau of the other and once at its own best, where its softmax is so flat
     that it tells little about how sure the network is.
     """
+    one_process("drsl compare")
     keep_freed_memory()
     contestants = _contestants(losses, taus)
     settings = _settings(options)
