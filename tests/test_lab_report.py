@@ -104,6 +104,25 @@ def test_many_losses_can_be_told_apart(count: int, draw: Callable[[Comparison], 
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == count
 
 
+@pytest.mark.parametrize(
+    "draw",
+    [
+        pictures._robust_accuracy,
+        pictures._second_largest_softmax,
+        pictures.distance_and_attack,
+        pictures.feature_planes_picture,
+        pictures._training_curves,
+    ],
+)
+def test_the_words_of_a_narrow_picture_fit(draw: Callable[[Comparison], Figure]) -> None:
+    """One loss, so that there is one column."""
+    figure = draw(with_losses(1))
+    figure.draw_without_rendering()
+    for words in [*figure.texts, *(axes.title for axes in figure.axes if axes.get_visible()), *figure.legends]:
+        box, page = words.get_window_extent(), figure.bbox
+        assert page.x0 <= box.x0 < box.x1 <= page.x1, words
+
+
 def test_a_single_epoch_is_drawn() -> None:
     found = comparison()
     short = replace(found, runs=tuple(replace(run, epochs=run.epochs[:1], best_epoch=1) for run in found.runs))

@@ -113,7 +113,7 @@ def _second_largest_softmax(comparison: Comparison) -> Figure:
         axes.set_title(str(loss), fontsize=10)
         axes.grid(alpha=0.3)
     figure.supxlabel(
-        "second largest softmax value of an image (0: sure of one class, 0.5: two classes tie)", fontsize=9
+        "second largest softmax value of an image\n(0: sure of one class, 0.5: two classes tie)", fontsize=9
     )
     figure.supylabel("images, % (log scale)", fontsize=9)
     handles, labels = grid.flat[0].get_legend_handles_labels()
