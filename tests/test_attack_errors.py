@@ -108,6 +108,20 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"logits of shape \(N, C\) = \(2, 2 or more\)"):
             pgd(model, torch.zeros(2, 4), torch.tensor([0, 0]), **self.GOOD)
 
+    @pytest.mark.parametrize("steps", [0, 3])
+    def test_a_loss_that_is_nan_for_one_sample(self, steps: int) -> None:
+        """Its gradient is as it should be, or zero; the sample must not come back as one that survived."""
+
+        def nan_for_class_one(logits: Tensor, y: Tensor) -> Tensor:
+            return logits.sum(1) + torch.where(y == 1, math.nan, 0.0)
+
+        model = nn.Linear(4, 2)
+        with torch.no_grad():
+            model.weight.zero_()
+            model.bias.copy_(torch.tensor([0.0, 1.0]))
+        with pytest.raises(FloatingPointError, match=r"not finite.* sample 1 of 2"):
+            pgd(model, torch.zeros(2, 4), LABELS, eps=0.1, alpha=0.05, steps=steps, loss=nan_for_class_one)
+
     @pytest.mark.parametrize("steps", [0, 2])
     def test_a_model_that_returns_nan(self, steps: int) -> None:
         model = nn.Linear(4, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -266,6 +267,24 @@ class TestOptions:
         assert [line["eps"] for line in entry["worst_case"]] == [0.5]
         assert entry["worst_case"][0]["accuracy"] < entry["clean_accuracy"]
 
+    def test_a_path_is_printed_as_it_is(self, trained: Pair, tmp_path: Path) -> None:
+        """Brackets are no markup: an unopened one is no error, and none is left out."""
+        path = tmp_path / "[/x]" / "[bold]:+1:.pt"
+        path.parent.mkdir(parents=True)
+        shutil.copy(trained[1], path)
+        out = tmp_path / "o[/bold]4"
+        sources = ("--transfer-from", path, "--transfer-from", trained[0])
+        options = ("--attacks", "transfer", "--samples", 3, "--check-samples", 0, "--steps", 1, "--restarts", 1)
+        result = CliRunner().invoke(
+            drsl, ["attack", *map(str, (trained[0], *sources, *options, "--out", out))], env={"COLUMNS": "1000"}
+        )
+        assert result.exit_code == 0, result.output
+        assert f"transfer:log_odds from {path}" in result.output
+        result = drsl_attack(path, "--attacks", "pgd", *options[2:], "--out", out)
+        assert result.exit_code == 0, result.output
+        assert f"{path}: small_cnn on digits" in result.output
+        assert f"Written to {out}: results.json" in result.output
+
     def test_several_sources_have_names_of_their_own(self, trained: Pair, tmp_path: Path) -> None:
         sources = [option for path in trained for option in ("--transfer-from", path)]
         options = ["--attacks", "transfer:ce", *sources, "--eps", "0.1", "--samples", "20", "--check-samples", "0"]
@@ -321,7 +340,7 @@ class TestOptions:
 
     def test_models_that_do_not_fit(self, trained: Pair, tmp_path: Path) -> None:
         path = tmp_path / "three" / "best.pt"
-        path.parent.mkdir()
+        path.parent.mkdir(parents=True)
         content = torch.load(trained[0], weights_only=True)
         model = make_model("small_cnn", shape=(1, 8, 8), classes=3, seed=0)
         save_checkpoint(path, content | {"about": content["about"] | {"classes": 3}, "model": model.state_dict()})

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from drsl_kernels.robustness.losses import ALL_LOSSES, DEFAULT_TAUS, TrainingLos
 from drsl_kernels.robustness.masking import Check
 from drsl_kernels.robustness.models import small_cnn
 from drsl_kernels.robustness.run_checks import findings
-from drsl_kernels.robustness.settings import TrainingSettings
+from drsl_kernels.robustness.settings import TrainingSettings, default_settings
 from drsl_kernels.robustness.timing import plan_timing
 from drsl_kernels.robustness.train import Recipe
 from drsl_kernels.robustness.training_logs import EpochRow
@@ -140,11 +141,41 @@ class TestRuns:
         self, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+        (tmp_path / "runs" / RUNS[0] / "judged.json").unlink()
         monkeypatch.setattr(engine, "train_epoch", None)
-        monkeypatch.setattr(experiment, "judge", None)
+        judged_on: list[int] = []
+        judge = experiment.judge
+
+        def spy(*arguments: Any, **options: Any) -> RunResult:
+            judged_on.append(torch.get_num_threads())
+            return judge(*arguments, **options)
+
+        monkeypatch.setattr(experiment, "judge", spy)
         said = invoke("compare", *TINY, "--threads", "2", "--out", tmp_path)
-        assert "used again: 2 of 2 runs" in said
+        assert "used again: 1 of 2 runs" in said
         assert "made anew" not in said
+        assert judged_on == [1]
+        assert [run["threads"] for run in outcome(tmp_path)["runs"]] == [1, 1]
+        assert outcome(tmp_path)["runs"] == outcome(undisturbed)["runs"]
+
+    def test_a_path_is_printed_as_it_is(self, undisturbed: Path, tmp_path: Path) -> None:
+        out = tmp_path / "cm[/b]p:+1:"
+        shutil.copytree(undisturbed / "runs", out / "runs")
+        assert f"Written to {out}: results.json" in invoke("compare", *TINY, "--out", out)
+
+    def test_a_comparison_that_cannot_be_timed(
+        self, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def diverges(*arguments: object, **options: object) -> None:
+            raise FloatingPointError("the loss is nan")
+
+        shutil.copytree(undisturbed / "runs", tmp_path / "runs")
+        monkeypatch.setattr(experiment, "time_epochs", diverges)
+        said = invoke("compare", *TINY, "--out", tmp_path)
+        assert "not timed: at a constant learning rate training diverged" in said
+        lines = json.loads((tmp_path / "results.json").read_text())["summary"]
+        assert [(line["seconds_per_epoch"], line["ratio_to_cross_entropy"]) for line in lines] == [(None, None)] * 2
+        assert outcome(tmp_path) == outcome(undisturbed)
 
     def test_drsl_attack_takes_its_checkpoints(self, undisturbed: Path, tmp_path: Path) -> None:
         weights = undisturbed / "runs" / RUNS[1] / "best.pt"
@@ -346,6 +377,23 @@ def test_timing_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("drsl_kernels.robustness.timing._SECONDS", 1e-9)
     bounded = plan_timing(4, lambda: small_cnn(0), x, y, Recipe(batch_size=10))
     assert (bounded.images, bounded.all_images, bounded.rounds) == (10, 100, 5)
+
+
+def test_the_images_of_training_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def plan(losses: int, make: object, x: torch.Tensor, *rest: object) -> None:
+        seen.append(len(x))
+        raise FloatingPointError("the loss is nan")
+
+    said: list[str] = []
+    monkeypatch.setattr(experiment, "plan_timing", plan)
+    progress = SimpleNamespace(note=said.append)
+    for images in (None, 40):
+        settings = experiment.Settings(replace(default_settings("digits"), samples=images))
+        assert experiment._time(settings, [CE], 0, progress) == ({}, None)  # type: ignore[arg-type]
+    assert seen == [1000, 40]  # 297 of the 1297 choose the epoch
+    assert said == ["The losses are not timed: the loss is nan"] * 2
 
 
 def test_defaults_cover_every_loss() -> None:

@@ -141,6 +141,11 @@ class TestLargeEps:
         check = masking.falls_with_eps(knows_three, x[y <= 3], y[y <= 3])
         assert check.numbers["left"] == pytest.approx((y[y <= 3] == 3).double().mean().item())
 
+    def test_one_class_tells_nothing(self, images: Images) -> None:
+        x, y = images
+        check = masking.falls_with_eps(lambda points: torch.eye(10)[3].expand(len(points), 10), x[y == 3], y[y == 3])
+        assert check.outcome == "not run"
+
 
 class TestSteps:
     @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -266,3 +271,10 @@ class TestGrowingEps:
 
     def test_a_single_radius(self) -> None:
         assert masking.never_rises(table(outcome("pgd", [1, -1]))).outcome == "not run"
+
+
+@pytest.mark.parametrize("name", list(masking.checks_of_model(nn.Identity(), torch.zeros(0, 4), torch.zeros(0))))
+def test_no_image_is_no_pass(name: str) -> None:
+    checks = masking.checks_of_model(nn.Linear(4, 2), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    with pytest.raises(ValueError, match="x must hold one image or more, got none"):
+        checks[name]()

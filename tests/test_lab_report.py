@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,8 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from torch import nn
 
+from drsl_kernels.robustness import pictures
 from drsl_kernels.robustness.attack_names import AttackParameters
 from drsl_kernels.robustness.data import digits
 from drsl_kernels.robustness.experiment import Comparison, Settings
@@ -64,7 +68,8 @@ def comparison(ours: tuple[float, float] = (0.6, 0.1), clean: float = 0.9, seeds
     times = {loss: EpochTime(0.01, 1.0) for loss in (CE, DRSL)}
     settings = Settings(judging=Judging(epsilons=(0.1, 0.3)))
     checks = ((PASSED,),) * len(runs)
-    return Comparison(settings, (CE, DRSL), tuple(range(seeds)), tuple(runs), checks, times, Timed(100, 100, 20), 0)
+    timed, threads = Timed(100, 100, 20), (1,) * len(runs)
+    return Comparison(settings, (CE, DRSL), tuple(range(seeds)), tuple(runs), checks, times, timed, 0, threads)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +78,63 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw_pictures(comparison(), folder)
     write_pages(comparison(), folder)
     return folder
+
+
+def with_losses(count: int) -> Comparison:
+    losses = tuple(TrainingLoss("non_target_logits", tau + 0.125) for tau in range(count))
+    runs = tuple(run(loss, 0, (0.6 - loss.tau / 100, 0.1)) for loss in losses)
+    times = {loss: EpochTime(0.01, 1.0) for loss in losses}
+    return replace(comparison(), losses=losses, seeds=(0,), runs=runs, checks=((PASSED,),) * count, times=times)
+
+
+@pytest.mark.parametrize("count", [1, 9, 13])
+@pytest.mark.parametrize("draw", [pictures._robust_accuracy, pictures._training_curves])
+def test_many_losses_can_be_told_apart(count: int, draw: Callable[[Comparison], Figure]) -> None:
+    figure = draw(with_losses(count))
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box, page = legend.get_window_extent(), figure.bbox
+    assert page.x0 <= box.x0 < box.x1 <= page.x1
+    assert page.y0 <= box.y0 < box.y1 <= page.y1
+    for axes in figure.axes:
+        assert not axes.get_visible() or box.y1 < axes.get_tightbbox().y0
+        assert axes.get_window_extent().height > 0.4 * page.height
+    lines = figure.axes[0].lines
+    assert len(legend.legend_handles) == len({(line.get_color(), line.get_marker()) for line in lines}) == count
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == count
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        pictures._robust_accuracy,
+        pictures._second_largest_softmax,
+        pictures.distance_and_attack,
+        pictures.feature_planes_picture,
+        pictures._training_curves,
+    ],
+)
+def test_the_words_of_a_narrow_picture_fit(draw: Callable[[Comparison], Figure]) -> None:
+    """One loss, so that there is one column."""
+    figure = draw(with_losses(1))
+    figure.draw_without_rendering()
+    for words in [*figure.texts, *(axes.title for axes in figure.axes if axes.get_visible()), *figure.legends]:
+        box, page = words.get_window_extent(), figure.bbox
+        assert page.x0 <= box.x0 < box.x1 <= page.x1, words
+
+
+def test_a_single_epoch_is_drawn() -> None:
+    found = comparison()
+    short = replace(found, runs=tuple(replace(run, epochs=run.epochs[:1], best_epoch=1) for run in found.runs))
+    figure = pictures._training_curves(short)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    page = np.asarray(canvas.buffer_rgba())[::-1]
+    for axes in figure.axes[:2]:
+        low, high = axes.get_xlim()
+        assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [1]
+        x0, y0, x1, y1 = (round(edge) for edge in axes.get_window_extent().extents)
+        assert (page[y0:y1, x0:x1, :3] == (230, 159, 0)).all(-1).any(), "the colour of the second loss"
 
 
 def markdown(folder: Path, found: Comparison) -> str:
@@ -127,7 +189,7 @@ def test_it_says_what_was_done(tmp_path: Path) -> None:
         "# Accuracy of cifar10 classifiers under attack",
         "resnet18 on cifar10, 3 epochs of adam at 0.002 (constant)",
         "adversarial training (trades) with 7 steps of 0.00784 within eps 0.03137 (linf)",
-        "40 % of the training labels wrong",
+        "40 % of the training labels wrong, those that choose the epoch all right",
         "PGD with 7 steps and 2 random starts on log_odds, Square with 50 queries",
         "median of 5 rounds over 128 of 45000 training images, scaled to all",
         "These images chose the best epoch of each run, too",
@@ -135,6 +197,27 @@ def test_it_says_what_was_done(tmp_path: Path) -> None:
     ):
         assert words in text, words
     assert "These images chose" not in markdown(tmp_path, comparison())
+
+
+def test_radii_that_are_nearly_alike(tmp_path: Path) -> None:
+    found = comparison()
+    text = markdown(tmp_path, replace(found, settings=Settings(judging=Judging(epsilons=(0.10001, 0.100012)))))
+    assert "| robust, eps 0.10001 |" in text
+    assert "| robust, eps 0.100012 |" in text
+
+
+@pytest.mark.parametrize(("images", "said"), [(40, "all 40 images"), (1001, "the first 1000 of 1001 images")])
+def test_what_single_values_are_about(tmp_path: Path, images: int, said: str) -> None:
+    found = comparison()
+    text = markdown(tmp_path, replace(found, runs=tuple(replace(run, images=images) for run in found.runs)))
+    assert f"| distance and being broken, rank correlation ({said}, eps 0.1) |" in text
+    assert f"before and after the attack. Of {said}; the attack is within eps 0.1.](second_largest_softmax.png)" in text
+    assert f"Of {said}; the attack is within eps 0.1.](distance_and_attack.png)" in text
+
+
+def test_no_times(tmp_path: Path) -> None:
+    text = markdown(tmp_path, replace(comparison(), times={}, timed=None))
+    assert "| seconds per epoch | not timed | not timed |" in text
 
 
 def test_no_baseline(tmp_path: Path) -> None:

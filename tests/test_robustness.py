@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from drsl_kernels.robustness import (
     Attack,
     Recipe,
+    TargetedAttack,
     TrainingLoss,
     second_largest_softmax,
     storage,
@@ -140,17 +142,37 @@ class TestWorstCase:
             ({"epsilons": (0.1, -1)}, "epsilons must be 0 or more and finite"),
             ({"epsilons": (math.nan,)}, "epsilons must be 0 or more and finite"),
             ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
+            ({"y": Y[:4]}, r"y must have shape \(N,\) = \(6,\), got \(4,\)"),
+            ({"y": -Y}, "y must hold classes 0 or more, got -1"),
+            ({"x": 2 * X, "epsilons": (0.0,)}, "x must lie within bounds"),
+            ({"x": X[:0], "y": Y[:0]}, "x must hold one sample or more, got none"),
         ],
     )
     def test_bad_input(self, options: dict[str, Any], message: str) -> None:
-        arguments = {"epsilons": (0.1,), "attacks": self.ATTACKS} | options
+        arguments = {"x": self.X, "y": self.Y, "epsilons": (0.1,), "attacks": self.ATTACKS} | options
         with pytest.raises(ValueError, match=message):
-            worst_case(Steps(), self.X, self.Y, **arguments)
+            worst_case(Steps(), **arguments)
 
-    @pytest.mark.parametrize("options", [{"steps": 0}, {"restarts": 0}])
-    def test_bad_attack(self, options: dict[str, int]) -> None:
-        with pytest.raises(ValueError, match="must be 1 or more, got 0"):
-            Attack(**options)
+    def test_a_label_that_no_class_has(self) -> None:
+        with pytest.raises(IndexError, match="y holds label 2, outside"):
+            worst_case(Steps(), self.X, 2 * self.Y, epsilons=(0.1,), attacks=self.ATTACKS)
+
+    @pytest.mark.parametrize("kind", [Attack, TargetedAttack])
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"steps": 0}, ValueError, "steps must be 1 or more, got 0"),
+            ({"restarts": 0}, ValueError, "restarts must be 1 or more, got 0"),
+            ({"steps": 2.5}, TypeError, "steps must be an int, got 2.5"),
+            ({"loss": "hinge"}, ValueError, "loss must be one of .* got 'hinge'"),
+            ({"norm": "l7"}, ValueError, "norm must be one of 'linf', 'l2', got 'l7'"),
+            ({"reach": -1}, ValueError, "reach must be above 0 and finite, got -1"),
+            ({"reach": math.nan}, ValueError, "reach must be above 0 and finite, got nan"),
+        ],
+    )
+    def test_bad_attack(self, kind: type, options: dict[str, object], error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            kind(**options)
 
 
 def test_second_largest_softmax() -> None:
@@ -334,6 +356,29 @@ class TestStorage:
         assert seen[0].suffix == ".png"
         assert seen[0] != path
         assert os.listdir(tmp_path) == ["picture.png"]
+
+    def test_it_is_on_the_disk_before_it_has_its_name(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        done: list[str] = []
+        fsync, replace = os.fsync, os.replace
+
+        def sync(descriptor: int) -> None:
+            done.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+            fsync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", sync)
+        monkeypatch.setattr(os, "replace", lambda *paths: (done.append("name"), replace(*paths)))
+        storage.write_json(tmp_path / "numbers.json", [1])
+        assert done == ["file", "name", "folder"]
+
+    def test_what_was_left_behind_is_cleared(self, tmp_path: Path) -> None:
+        """Not what another process may be writing at this moment."""
+        old, new, result = (tmp_path / name for name in (".unfinished-1-a", ".unfinished-2-a", "a"))
+        for path in (old, new, result):
+            path.touch()
+        for path in (old, result):
+            os.utime(path, (0, 0))
+        storage.clear_unfinished(tmp_path)
+        assert sorted(tmp_path.iterdir()) == [new, result]
 
     def test_nan_is_not_json(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="not JSON compliant"):

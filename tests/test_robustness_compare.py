@@ -19,6 +19,7 @@ from click.testing import CliRunner
 
 from drsl_kernels.robustness import compare_command, engine, experiment
 from drsl_kernels.robustness.cli import main
+from drsl_kernels.robustness.command_parts import prepare_folder
 from drsl_kernels.robustness.commands import drsl
 from drsl_kernels.robustness.judging import Judging, load_result
 from drsl_kernels.robustness.losses import ALL_LOSSES, TrainingLoss
@@ -377,6 +378,25 @@ class TestCompare:
         assert result.exit_code == 2
         assert "the name of the folder is empty" in result.output
 
+    @pytest.mark.parametrize("command", ["compare", "attack"])
+    def test_several_processes_are_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        paths = ["best.pt"] if command == "attack" else []
+        result = CliRunner().invoke(drsl, [command, *paths, "--out", str(tmp_path / "never")])
+        assert result.exit_code == 2
+        said = " ".join(result.output.split())
+        assert f"drsl {command} is one process, and torchrun started 2; it is for drsl train" in said
+        assert not (tmp_path / "never").exists()
+
+    def test_results_of_killed_commands_are_cleared(self, tmp_path: Path) -> None:
+        for folder in (tmp_path, tmp_path / "parts"):
+            folder.mkdir(exist_ok=True)
+            (folder / ".unfinished-1-results.json").touch()
+            os.utime(folder / ".unfinished-1-results.json", (0, 0))
+        prepare_folder(tmp_path, [tmp_path / "results.json", tmp_path / "parts" / "any.json"])
+        assert not list(tmp_path.rglob(".unfinished-*"))
+
     def test_last_seed(self) -> None:
         torch.Generator().manual_seed(compare_command._LARGEST_SEED + compare_command._MOST_SEEDS - 1)
 
@@ -390,6 +410,11 @@ class TestCommand:
             assert option in text
         assert "non_target_logits=0.3" in text
 
+    @pytest.mark.parametrize("command", ["compare", "train"])
+    def test_help_says_which_labels_choose_the_epoch(self, command: str) -> None:
+        text = " ".join(CliRunner().invoke(drsl, [command, "--help"]).output.split())
+        assert "The labels that choose the best epoch stay right" in text
+
     def test_as_a_module(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         monkeypatch.setattr(sys, "argv", ["python", "--version"])
         with pytest.raises(SystemExit) as stop:
@@ -398,7 +423,7 @@ class TestCommand:
         assert capsys.readouterr().out.startswith("drsl, version ")
 
     def test_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in ("commands", "compare_command"):
+        for name in ("commands", "compare_command", "command_parts"):
             monkeypatch.delitem(sys.modules, f"drsl_kernels.robustness.{name}")
         monkeypatch.setitem(sys.modules, "rich.console", None)  # as if rich were not installed
         with pytest.raises(SystemExit, match=re.escape("'rich': pip install 'drsl_kernels[lab]'")):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 import click
-from rich.console import Console
 
 from .attack_names import canonical_names, least_classes
 from .attack_options import (
@@ -25,7 +24,15 @@ from .attack_parts import parts_of
 from .attack_report import RESULTS, check_lines, explanation, heading, results_table, write_results
 from .attack_run import AttackSettings, Subject, attack_checkpoint, load_subject
 from .attacks import NORMS, Norm
-from .command_parts import ProgressBars, check_device, keep_freed_memory, prepare_folder, reproducible
+from .command_parts import (
+    ProgressBars,
+    check_device,
+    keep_freed_memory,
+    one_process,
+    plain_console,
+    prepare_folder,
+    reproducible,
+)
 from .data import PARTS, Part
 from .options import Folder, Radii
 
@@ -128,6 +135,7 @@ def attack_command(checkpoints: tuple[Path, ...], sources: tuple[Path, ...], **o
     A robust accuracy is an upper bound: take the worst case, over attacks of several kinds, one of them without
     gradients (square, transfer), and look at the warnings.
     """
+    one_process("drsl attack")
     keep_freed_memory()
     settings, out = _settings(options, bool(sources)), options["out"]
     check_device(settings.device)
@@ -135,7 +143,7 @@ def attack_command(checkpoints: tuple[Path, ...], sources: tuple[Path, ...], **o
     strangers = [_load(path, settings.device, "--transfer-from") for path in dict.fromkeys(sources)]
     _check_fit(settings, models, strangers)
     prepare_folder(out, [out / name for name in RESULTS] + [parts_of(out) / "any.json"])
-    console = Console()
+    console = plain_console()
     results = []
     with reproducible(settings.threads), ProgressBars(console, len(models)) as bars:
         for subject in models:

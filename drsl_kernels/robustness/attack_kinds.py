@@ -6,17 +6,21 @@ radius is `evaluate.Attack`, the members of AutoAttack are in `autoattack`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from drsl_kernels.spec import number
+
 from .attack_losses import AttackLoss, margins_of, objective_of
 from .attack_objects import REACH
-from .attacks import Model, Norm, evaluation_mode, fgsm, pgd
+from .attacks import Model, Norm, evaluation_mode, fgsm, integer, pgd
+from .balls import check_norm
 
-__all__ = ["AnyAttack", "SingleStep", "TargetedAttack", "Transfer", "loss_name"]
+__all__ = ["AnyAttack", "SingleStep", "TargetedAttack", "Transfer", "check_attack", "loss_name"]
 
 
 class AnyAttack(Protocol):
@@ -88,7 +92,10 @@ class TargetedAttack:
     Attributes:
         loss, steps, restarts, norm: as in `pgd`.
         targets: how many classes to try, the likeliest before the attack first; all wrong ones if there are fewer.
-        reach: how far all steps together could go, in units of eps.
+        reach: how far all steps together could go, in units of eps; above 0.
+
+    Raises:
+        ValueError, TypeError: one of them is out of its range, or of a wrong type.
     """
 
     loss: AttackLoss = "margin"
@@ -101,10 +108,7 @@ class TargetedAttack:
     black_box: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        objective_of(self.loss)
-        for argument in ("steps", "restarts", "targets"):
-            if getattr(self, argument) < 1:
-                raise ValueError(f"{argument} must be 1 or more, got {getattr(self, argument)!r}")
+        check_attack(self.loss, self.norm, self.reach, steps=self.steps, restarts=self.restarts, targets=self.targets)
 
     @property
     def name(self) -> str:
@@ -188,6 +192,17 @@ class Transfer:
         generator: torch.Generator | None,
     ) -> Tensor:
         return self.base.start(self.source, x, y, eps=eps, bounds=bounds, generator=generator)
+
+
+def check_attack(loss: AttackLoss, norm: str, reach: float, **counts: int) -> None:
+    """Raise for settings that a PGD for any radius cannot have; `counts` must be 1 or more."""
+    objective_of(loss)
+    check_norm(norm)
+    if not 0 < number("reach", reach) < math.inf:
+        raise ValueError(f"reach must be above 0 and finite, got {reach!r}")
+    for argument, count in counts.items():
+        if integer(argument, count) < 1:
+            raise ValueError(f"{argument} must be 1 or more, got {count!r}")
 
 
 def loss_name(loss: AttackLoss) -> str:

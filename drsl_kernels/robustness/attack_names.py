@@ -23,6 +23,7 @@ __all__ = [
     "attacks_in_words",
     "canonical_names",
     "describe",
+    "eps_names",
     "least_classes",
     "make_attack",
 ]
@@ -128,6 +129,15 @@ def attacks_in_words(names: Sequence[str], parameters: AttackParameters) -> str:
         if losses:
             found.append(text + (f" on {', '.join(losses)}" if all(losses) else ""))
     return ", ".join(found)
+
+
+def eps_names(epsilons: Sequence[float]) -> list[str]:
+    """The radii as short as four digits can tell them apart, or else as more can."""
+    for digits in range(4, 18):  # 17 tell all numbers apart
+        names = [f"{eps:.{digits}g}" for eps in epsilons]
+        if len(set(names)) == len(set(epsilons)):
+            break
+    return names
 
 
 def describe(attack: AnyAttack) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, Final
 from rich.table import Table
 from rich.text import Text
 
-from .attack_names import attacks_in_words
+from .attack_names import attacks_in_words, eps_names
 from .attack_run import Attacked, AttackSettings
 from .identity import environment
 from .masking import Check
@@ -58,8 +58,8 @@ def results_table(result: Attacked) -> Table:
     table = result.table
     drawn = Table()
     drawn.add_column("attack", no_wrap=True)
-    for eps in table.epsilons:
-        drawn.add_column(f"eps {eps:.4g}", justify="right")
+    for name in eps_names(table.epsilons):
+        drawn.add_column(f"eps {name}", justify="right")
     drawn.add_row("none", *[_percent(table.clean_accuracy())] * len(table.epsilons))
     for attack in table.attacks:
         drawn.add_row(attack, *(_percent(table.of(attack, eps).accuracy()) for eps in table.epsilons))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from drsl_kernels.spec import number
 
 from .attack_losses import ATTACK_LOSSES, AttackLoss, AttackLossName, Objective, objective_of
-from .balls import NORMS, Norm, ascent_direction, per_sample_view, project, random_point
+from .balls import NORMS, Norm, ascent_direction, check_norm, per_sample_view, project, random_point
 
 __all__ = [
     "ATTACK_LOSSES",
@@ -31,8 +31,12 @@ __all__ = [
     "Model",
     "Norm",
     "check_numbers",
+    "check_samples",
+    "checked_logits",
     "evaluation_mode",
     "fgsm",
+    "integer",
+    "largest_label",
     "pgd",
 ]
 
@@ -112,16 +116,17 @@ def pgd(
         TypeError: an argument of a wrong type or dtype, or a model or loss that returns no tensor.
         IndexError: a class in y or `targeted` that is not below C.
         RuntimeError: the gradient of the loss does not reach x.
-        FloatingPointError: the model's logits, or the gradient of the loss, are not finite.
+        FloatingPointError: the model's logits, or the gradient of the loss, are not finite, or the loss of a sample
+            that no point broke was NaN somewhere.
 
     Sources: Madry et al., arXiv 1706.06083; dlr: Croce & Hein, arXiv 2003.01690, equations (6) and (7).
     """
     objective = objective_of(loss)
     eps, alpha, steps, restarts, bounds = check_numbers(eps, alpha, steps, norm, restarts, random_start, bounds, keep)
-    _check_samples(x, y, bounds)
+    check_samples(x, y, bounds)
     if targeted is not None:
         _check_targets(targeted, y)
-    logits_of = partial(_logits, model, largest={"y": _largest(y), "targeted": _largest(targeted)})
+    logits_of = partial(checked_logits, model, largest={"y": largest_label(y), "targeted": largest_label(targeted)})
     # Leaving inference mode and copying makes tensors that autograd can record, wherever the caller is.
     with evaluation_mode(model), torch.inference_mode(False), torch.enable_grad():
         x, y = x.detach().clone(), y.clone()
@@ -138,9 +143,12 @@ def pgd(
             with torch.no_grad():
                 losses, standing = objective(logits_of(point), y, targeted)
             best = best.or_better(point, losses, standing)
-    if not torch.isfinite(best.points).all() or best.losses.isnan().any():
+    # Where the loss is NaN the attack goes nowhere: that such a sample stands says nothing.
+    unknown = best.losses.isnan() | (best.standing & best.nan) | ~torch.isfinite(best.points).flatten(1).all(1)
+    if unknown.any():
         raise FloatingPointError(
-            "the attack met logits or gradients that are not finite; look at the model's weights and the loss"
+            "the attack met logits, a loss or gradients that are not finite, the first of them at sample "
+            f"{int(unknown.nonzero()[0])} of {len(y)}; look at the model's weights and the loss"
         )
     return best.points
 
@@ -196,18 +204,20 @@ def evaluation_mode(model: Model) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Best:
-    """The best point found so far for each sample."""
+    """The best point found so far for each sample, and whether the loss was NaN at any."""
 
     points: Tensor
     losses: Tensor
     standing: Tensor
+    nan: Tensor
 
     @staticmethod
     def at(x: Tensor) -> _Best:
         """Nothing found yet: any point is better than this."""
         rows = x.shape[0]
         losses = torch.full((rows,), -math.inf, dtype=torch.float64, device=x.device)
-        return _Best(x, losses, torch.ones(rows, dtype=torch.bool, device=x.device))
+        standing = torch.ones(rows, dtype=torch.bool, device=x.device)
+        return _Best(x, losses, standing, ~standing)
 
     def or_better(self, points: Tensor, losses: Tensor, standing: Tensor) -> _Best:
         losses = losses.detach().to(self.losses.dtype)
@@ -217,6 +227,7 @@ class _Best:
             torch.where(per_sample_view(better, points), points.detach(), self.points),
             torch.where(better, losses, self.losses),
             self.standing & standing,
+            self.nan | losses.isnan(),
         )
 
 
@@ -237,7 +248,8 @@ def _look_with_gradient(
     return losses, standing, gradient
 
 
-def _logits(model: Model, points: Tensor, *, largest: dict[str, int]) -> Tensor:
+def checked_logits(model: Model, points: Tensor, *, largest: dict[str, int]) -> Tensor:
+    """What the model returns, if it is logits with a class for the largest label of each argument."""
     logits = _tensor("model must return", model(points))
     if logits.dim() != 2 or logits.shape[0] != points.shape[0] or logits.shape[1] < 2:
         raise ValueError(
@@ -249,11 +261,11 @@ def _logits(model: Model, points: Tensor, *, largest: dict[str, int]) -> Tensor:
     return logits
 
 
-def _largest(labels: Tensor | None) -> int:
+def largest_label(labels: Tensor | None) -> int:
     return 0 if labels is None or not labels.numel() else int(labels.max())
 
 
-def _integer(argument: str, value: object) -> int:
+def integer(argument: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{argument} must be an int, got {value!r}")
     return int(value)
@@ -285,7 +297,7 @@ def check_numbers(
 ) -> tuple[float, float, int, int, tuple[float, float]]:
     """eps, alpha, steps, restarts and bounds as plain numbers, if `pgd` takes all of it; it describes the errors."""
     eps, alpha = number("eps", eps), number("alpha", alpha)
-    steps, restarts = _integer("steps", steps), _integer("restarts", restarts)
+    steps, restarts = integer("steps", steps), integer("restarts", restarts)
     bounds = _pair("bounds", bounds)
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps must be 0 or more and finite, got {eps!r}")
@@ -293,8 +305,7 @@ def check_numbers(
         raise ValueError(f"alpha must be above 0 and finite, got {alpha!r}")
     if steps < 0:
         raise ValueError(f"steps must be 0 or more, got {steps!r}")
-    if norm not in NORMS:
-        raise ValueError(f"norm must be one of {', '.join(map(repr, NORMS))}, got {norm!r}")
+    check_norm(norm)
     if restarts < 1:
         raise ValueError(f"restarts must be 1 or more, got {restarts!r}")
     if restarts > 1 and not random_start:
@@ -306,7 +317,8 @@ def check_numbers(
     return eps, alpha, steps, restarts, bounds
 
 
-def _check_samples(x: Tensor, y: Tensor, bounds: tuple[float, float]) -> None:
+def check_samples(x: Tensor, y: Tensor, bounds: tuple[float, float]) -> None:
+    """Raise for samples and classes that `pgd` does not take; it describes the errors."""
     x, y = _tensor("x must be", x), _tensor("y must be", y)
     if not x.is_floating_point():
         raise TypeError(f"x must be of a floating dtype, got {x.dtype}")

@@ -10,10 +10,15 @@ from typing import Final, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["NORMS", "Norm", "ascent_direction", "lengths", "per_sample_view", "project", "random_point"]
+__all__ = ["NORMS", "Norm", "ascent_direction", "check_norm", "lengths", "per_sample_view", "project", "random_point"]
 
 Norm: TypeAlias = Literal["linf", "l2"]
 NORMS: Final[tuple[str, ...]] = get_args(Norm)
+
+
+def check_norm(norm: str) -> None:
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(map(repr, NORMS))}, got {norm!r}")
 
 
 def random_point(x: Tensor, eps: float, norm: str, generator: torch.Generator | None) -> Tensor:

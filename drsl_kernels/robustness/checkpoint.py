@@ -7,7 +7,6 @@ epoch, versions), "model" (its state_dict) and, in one that training can go on f
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -43,15 +42,8 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
 
     write_atomically(path, write)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name, too
-    finally:
-        os.close(folder)
 
 
 def load_checkpoint(path: Path | str) -> dict[str, Any]:

@@ -17,7 +17,18 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-__all__ = ["ProgressBars", "check_device", "fix_cublas", "keep_freed_memory", "prepare_folder", "reproducible"]
+from .storage import clear_unfinished
+
+__all__ = [
+    "ProgressBars",
+    "check_device",
+    "fix_cublas",
+    "keep_freed_memory",
+    "one_process",
+    "plain_console",
+    "prepare_folder",
+    "reproducible",
+]
 
 # Of glibc's malloc.h, with the largest values that its releases take.
 _TRIM_THRESHOLD: Final = (-1, (2**31 - 1,))
@@ -41,6 +52,18 @@ def keep_freed_memory() -> None:
         any(mallopt(parameter, value) == 1 for value in values)  # the first that is taken
 
 
+def one_process(command: str) -> None:
+    """Refuse to be one of several processes of torchrun, which would all do the same work in the same files."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if "RANK" in os.environ and processes != "1":
+        raise click.UsageError(f"{command} is one process, and torchrun started {processes}; it is for drsl train")
+
+
+def plain_console() -> Console:
+    """A console that prints what it is given: brackets and colons in a path mean nothing else."""
+    return Console(markup=False, emoji=False)
+
+
 def check_device(device: str) -> None:
     try:
         torch.zeros(1, device=device).item()
@@ -56,13 +79,14 @@ def fix_cublas(device: str) -> None:
 
 
 def prepare_folder(folder: Path, files: Sequence[Path]) -> None:
-    """Find out before the work, not after it, that results cannot be written."""
+    """Find out before the work, not after it, that results cannot be written; clear what killed commands left."""
     for place in dict.fromkeys([folder, *(file.parent for file in files)]):
         probe = place / f".writable-{os.getpid()}"
         try:
             place.mkdir(parents=True, exist_ok=True)
             probe.touch()
             probe.unlink()
+            clear_unfinished(place)
         except OSError as error:
             reason = "it is a file, not a folder" if place.is_file() else error.strerror
             raise click.BadParameter(f"cannot write to {place}: {reason}", param_hint="--out") from error
@@ -89,7 +113,7 @@ class ProgressBars:
 
     def __init__(self, console: Console, runs: int) -> None:
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -118,7 +142,7 @@ class ProgressBars:
         self._bars.advance(self._all)
 
     def note(self, text: str) -> None:
-        self._bars.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._bars.console.print(text, highlight=False, soft_wrap=True)
 
     def begin_timing(self) -> None:
         self._bars.reset(self._current, total=None, description="timing the losses side by side")

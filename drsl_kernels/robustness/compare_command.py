@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 import click
-from rich.console import Console
 
 from .attack_names import KINDS, least_classes
 from .attack_options import (
@@ -24,7 +23,16 @@ from .attack_options import (
     steps_option,
     targets_option,
 )
-from .command_parts import ProgressBars, check_device, fix_cublas, keep_freed_memory, prepare_folder, reproducible
+from .command_parts import (
+    ProgressBars,
+    check_device,
+    fix_cublas,
+    keep_freed_memory,
+    one_process,
+    plain_console,
+    prepare_folder,
+    reproducible,
+)
 from .data import PARTS, Part, dataset_info
 from .engine import BEST, FILES
 from .experiment import Settings, compare, run_folder
@@ -206,6 +214,7 @@ def compare_command(
     and uniform=0.3,30: once at the tau of the other and once at its own best, where its softmax is so flat
     that it tells little about how sure the network is.
     """
+    one_process("drsl compare")
     keep_freed_memory()
     contestants = _contestants(losses, taus)
     settings = _settings(options)
@@ -213,7 +222,7 @@ def compare_command(
     check_device(settings.training.device)
     all_seeds = range(seed, seed + seeds)
     _prepare(out, [run_folder(out, loss, seed) for loss in contestants for seed in all_seeds])
-    console = Console()
+    console = plain_console()
     with reproducible(settings.training.threads), ProgressBars(console, len(contestants) * seeds) as bars:
         try:
             comparison = compare(settings, contestants, all_seeds, out, bars, fresh=fresh)

@@ -8,15 +8,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Final
 
 import torch
 from torch import Tensor
 
-from .attack_kinds import AnyAttack, loss_name
+from .attack_kinds import AnyAttack, check_attack, loss_name
 from .attack_losses import margins_of
 from .attack_objects import REACH
-from .attacks import AttackLoss, Model, Norm, evaluation_mode, pgd
+from .attacks import (
+    AttackLoss,
+    Model,
+    Norm,
+    check_samples,
+    checked_logits,
+    evaluation_mode,
+    largest_label,
+    pgd,
+)
 from .balls import lengths
 
 __all__ = ["Attack", "Search", "WorstCase", "second_largest_softmax", "worst_case"]
@@ -33,6 +43,9 @@ class Attack:
         loss, steps, restarts, norm: as in `pgd`; steps is 1 or more.
         reach: how far all steps together could go, in units of eps; the step size is reach * eps / steps.
             2.5, the value of Madry et al., is enough to cross the ball from one side to the other.
+
+    Raises:
+        ValueError, TypeError: one of them is out of its range, or of a wrong type.
     """
 
     loss: AttackLoss = "log_odds"
@@ -44,10 +57,7 @@ class Attack:
     black_box: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be 1 or more, got {self.steps!r}")
-        if self.restarts < 1:
-            raise ValueError(f"restarts must be 1 or more, got {self.restarts!r}")
+        check_attack(self.loss, self.norm, self.reach, steps=self.steps, restarts=self.restarts)
 
     @property
     def name(self) -> str:
@@ -136,9 +146,9 @@ def worst_case(
         on_restart: called with (eps, attack) after each restart, len(epsilons) * (sum of restarts) times.
 
     Raises:
-        ValueError: no radius or no attack, a negative radius, attacks in several norms, batch_size below 1, an attack
-            that left its ball, and all that `pgd` raises.
-        FloatingPointError: the model's logits are NaN.
+        ValueError: no radius or no attack, a negative radius, attacks in several norms, batch_size below 1, no samples,
+            an attack that left its ball, and all that `pgd` raises.
+        FloatingPointError: the model's logits are NaN, or what `pgd` raises.
     """
     if not epsilons or not attacks:
         raise ValueError(f"epsilons and attacks must not be empty, got {epsilons!r} and {attacks!r}")
@@ -190,8 +200,12 @@ class Search:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size!r}")
+        check_samples(x, y, bounds)
+        if not len(y):
+            raise ValueError("x must hold one sample or more, got none")
         self.model, self.x, self.y = model, x, y
         self.bounds, self.batch_size, self.generator = bounds, batch_size, generator
+        self.largest = {"y": largest_label(y)}
         self.points = x.detach().clone()
         self.margins = self._margins(self.points, y)
 
@@ -216,7 +230,9 @@ class Search:
             self.margins[rows[better]] = margins[better]
 
     def _margins(self, x: Tensor, y: Tensor) -> Tensor:
-        margins = margins_of(torch.cat(_batched_logits(self.model, x, self.batch_size)), y)
+        look = partial(checked_logits, self.model, largest=self.largest)
+        with evaluation_mode(self.model):
+            margins = margins_of(torch.cat(_batched_logits(look, x, self.batch_size)), y)
         if margins.isnan().any():
             raise FloatingPointError("the model's logits are NaN; look at its weights")
         return margins

@@ -9,12 +9,14 @@ and `data`; the reports, the pictures and `compare_command` rely on it.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from . import engine
@@ -82,8 +84,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The outcome of `compare`: runs by loss, then seed, and the masking checks of each; `reused` counts the runs that
-    were found judged.
+    """The outcome of `compare`: runs by loss, then seed, and the masking checks of each.
+
+    `reused` counts the runs that were found judged, `threads` are those that each run was made with. `timed` is None,
+    and `times` empty, where timing went wrong.
     """
 
     settings: Settings
@@ -92,8 +96,9 @@ class Comparison:
     runs: tuple[RunResult, ...]
     checks: tuple[tuple[Check, ...], ...]
     times: dict[TrainingLoss, EpochTime]
-    timed: Timed
+    timed: Timed | None
     reused: int
+    threads: tuple[int, ...]
 
     def of(self, loss: TrainingLoss) -> list[RunResult]:
         return [run for run in self.runs if run.loss == loss]
@@ -153,11 +158,10 @@ def compare(
         FileExistsError, ValueError: a run's folder holds something that training cannot go on from.
     """
     training = settings.training
-    split = load(training.dataset, data_dir=training.data_dir, held_out=settings.judging.held_out)
-    x, y = (part[: settings.judging.images] for part in (split.held_out_x, split.held_out_y))
+    x, y = _images_to_judge_with(settings)
     images = digest_of_tensors(x, y)
     x, y = x.to(training.device), y.to(training.device)
-    runs, checks = [], []
+    runs, checks, threads = [], [], []
     reused = 0
     for loss in losses:
         for seed in seeds:
@@ -165,17 +169,29 @@ def compare(
             run = _Run(settings, loss, seed, place, images, progress)
             progress.begin_run(f"{loss}, seed {seed}", run.steps())
             run.make_way(fresh)
-            result = run.judged()
-            if result is None:
-                result = run.judge(x, y)
-            else:
-                reused += 1
-            runs.append(result)
-            checks.append(tuple(run.check(result, x, y)))
+            threads.append(run.training.threads)
+            with _on_threads(run.training.threads):
+                result = run.judged()
+                if result is None:
+                    result = run.judge(x, y)
+                else:
+                    reused += 1
+                runs.append(result)
+                checks.append(tuple(run.check(result, x, y)))
             progress.end_run()
     progress.begin_timing()
-    times, timed = _time(settings, losses, seeds[0], split.train_x, split.train_y)
-    return Comparison(settings, tuple(losses), tuple(seeds), tuple(runs), tuple(checks), times, timed, reused)
+    times, timed = _time(settings, losses, seeds[0], progress)
+    return Comparison(
+        settings,
+        tuple(losses),
+        tuple(seeds),
+        tuple(runs),
+        tuple(checks),
+        times,
+        timed,
+        reused,
+        tuple(threads),
+    )
 
 
 def run_folder(folder: Path, loss: TrainingLoss, seed: int) -> Path:
@@ -205,7 +221,7 @@ class _Run:
         """Empty the folder of a run that was made with other settings, or of any.
 
         A number of CPU threads is no such setting: where it is not given it follows the machine, and it changes last
-        digits alone. A run goes on with the number that it began with.
+        digits alone. A run goes on, and is judged, with the number that it began with.
         """
         if not fresh:
             before = engine.read_settings(self.folder)
@@ -308,15 +324,34 @@ class _Epochs(engine.Silent):
         self._progress.step("training")
 
 
+@contextmanager
+def _on_threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _images_to_judge_with(settings: Settings) -> tuple[Tensor, Tensor]:
+    training, judging = settings.training, settings.judging
+    split = load(training.dataset, data_dir=training.data_dir, held_out=judging.held_out)
+    return split.held_out_x[: judging.images], split.held_out_y[: judging.images]
+
+
 def _training_json(training: TrainingSettings, without: Sequence[str] = ()) -> dict[str, Any]:
     """What decides the weights: where the data lie does not."""
     return {name: value for name, value in training.as_json().items() if name not in ("data_dir", *without)}
 
 
 def _time(
-    settings: Settings, losses: Sequence[TrainingLoss], seed: int, x: Tensor, y: Tensor
-) -> tuple[dict[TrainingLoss, EpochTime], Timed]:
-    """Seconds per epoch over all training images; of a large data set a part is timed, and scaled."""
+    settings: Settings, losses: Sequence[TrainingLoss], seed: int, progress: Progress
+) -> tuple[dict[TrainingLoss, EpochTime], Timed | None]:
+    """Seconds per epoch over the images that training uses; of a large data set a part is timed, and scaled.
+
+    At the highest rate of a schedule, all the time, training may diverge: then there are no times.
+    """
     training, info = settings.training, dataset_info(settings.training.dataset)
     # A schedule would end before the rounds do.
     recipe = replace(training.recipe, schedule="constant", milestones=(), warmup_epochs=0.0)
@@ -329,9 +364,14 @@ def _time(
         mean=info.mean,
         std=info.std,
     )
-    x, y = x[: training.samples], y[: training.samples]
-    plan = plan_timing(len(losses), make, x, y, recipe, training.device)
-    x, y = (part[: plan.images].to(training.device) for part in (x, y))
-    times = time_epochs(losses, make, x, y, recipe, rounds=plan.rounds)
+    split = load(training.dataset, data_dir=training.data_dir, held_out="validation")
+    x, y = split.train_x[: training.samples], split.train_y[: training.samples]
+    try:
+        plan = plan_timing(len(losses), make, x, y, recipe, training.device)
+        x, y = (part[: plan.images].to(training.device) for part in (x, y))
+        times = time_epochs(losses, make, x, y, recipe, rounds=plan.rounds)
+    except FloatingPointError as error:
+        progress.note(f"The losses are not timed: {error}")
+        return {}, None
     scale = plan.all_images / plan.images
     return {loss: replace(time, seconds=time.seconds * scale) for loss, time in times.items()}, plan

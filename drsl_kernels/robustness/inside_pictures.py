@@ -54,7 +54,7 @@ def distance_and_attack(comparison: Comparison) -> Figure:
         axes.set_title(f"{loss}: " + ("all alike" if rank is None else f"rank correlation {rank:+.2f}"), fontsize=10)
         axes.set_xscale("log")
         axes.grid(alpha=0.3)
-    figure.supxlabel("distance of the wrong classes' softmax from their average, before the attack", fontsize=9)
+    figure.supxlabel("distance of the wrong classes' softmax\nfrom their average, before the attack", fontsize=9)
     figure.supylabel("images", fontsize=9)
     handles, labels = grid.flat[0].get_legend_handles_labels()
     eps = comparison.settings.judging.histogram_eps()
@@ -80,7 +80,7 @@ def feature_planes_picture(comparison: Comparison) -> Figure:
             axes.set_xticks([])
             axes.set_yticks([])
     eps = comparison.settings.judging.histogram_eps()
-    figure.suptitle(f"Features of images (dots) and of the same after the attack, eps {eps:g} (crosses)", fontsize=10)
+    figure.suptitle(f"Features of images (dots)\nand of the same after the attack, eps {eps:g} (crosses)", fontsize=10)
     return figure
 
 

@@ -1,8 +1,8 @@
 """Is a robust accuracy to be believed? Checks for models that look robust because attacks cannot see.
 
 Each check is a function that returns a `Check`: an outcome, a sentence for the reader, and the numbers behind it. None
-of them proves a figure; each that warns is a reason to doubt it. Relies on `evaluate` and `attack_table`; `attack_run`,
-`cascade_checks` and `run_checks` rely on it.
+of them proves a figure; each that warns is a reason to doubt it. Without a single image they raise ValueError. Relies
+on `evaluate` and `attack_table`; `attack_run`, `cascade_checks` and `run_checks` rely on it.
 
 Sources: Athalye et al., arXiv 1802.00420, section 3.1; Carlini et al., arXiv 1902.06705, sections 4 and 5.
 """
@@ -134,7 +134,7 @@ def softmax_saturates(model: Model, x: Tensor, y: Tensor, *, batch_size: int = 2
 def outputs_vary(model: Model, x: Tensor, *, batch_size: int = 256) -> Check:
     """Whether two passes over the same samples, in evaluation mode, give different logits."""
     first, second = (F.normalize(_all_logits(model, x, batch_size).double(), dim=1) for _ in range(2))
-    difference = torch.linalg.vector_norm(first - second, dim=1).max().item() if len(x) else 0.0
+    difference = torch.linalg.vector_norm(first - second, dim=1).max().item()
     numbers = {"difference": difference, "samples": len(x)}
     if difference > _VARIATION:
         means = "it is random, so attacks must average over its noise, which these do not, and a figure is one draw"
@@ -187,7 +187,12 @@ def falls_with_eps(
     which can be right for one class alone. What survives there beyond chance survives because the attack fails.
     """
     name = "large eps"
+    _check_images(x)
     chance = torch.bincount(y).max().item() / len(y)
+    if chance == 1:
+        return Check(
+            name, "not run", "all images are of one class, and a model that knows no other is right everywhere"
+        )
     eps = 0.5 if norm == "linf" else 0.5 * x[:1].numel() ** 0.5
     robust = torch.ones(len(y), dtype=torch.bool)
     for loss in _LOSSES_THAT_SEE:
@@ -307,6 +312,7 @@ def _zero_gradients(
     model: Model, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor], batch_size: int
 ) -> float:
     """The share of samples for which no value of the gradient with respect to x differs from 0."""
+    _check_images(x)
     zero = []
     with evaluation_mode(model), torch.inference_mode(False), torch.enable_grad():
         for points, labels in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
@@ -317,7 +323,7 @@ def _zero_gradients(
                 (gradient,) = torch.autograd.grad(losses.sum(), inputs, allow_unused=True)
             # Where no gradient arrives at all, as behind a detach(), it is as good as zero.
             zero.append(torch.ones(len(labels)) if gradient is None else (gradient == 0).flatten(1).all(1).cpu())
-    return torch.cat(zero).double().mean().item() if zero else 0.0
+    return torch.cat(zero).double().mean().item()
 
 
 def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -329,8 +335,14 @@ def _log_odds(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def _all_logits(model: Model, x: Tensor, batch_size: int) -> Tensor:
+    _check_images(x)
     with evaluation_mode(model), torch.no_grad():
         return torch.cat([model(part) for part in torch.split(x, batch_size)])
+
+
+def _check_images(x: Tensor) -> None:
+    if not len(x):
+        raise ValueError("x must hold one image or more, got none: there is nothing to check")
 
 
 def percent(share: float) -> str:

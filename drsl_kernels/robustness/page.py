@@ -13,12 +13,15 @@ from html import escape
 from pathlib import Path
 from typing import Final
 
+from .attack_names import eps_names
 from .experiment import Comparison
 from .identity import environment
 from .inside_pictures import attack_correlation
+from .insight import PLANE_IMAGES
+from .judging import LISTED
 from .losses import BASELINE, TrainingLoss
 from .pictures import PICTURES
-from .report import MeanStd, accuracies, explanation, felled_by
+from .report import MeanStd, accuracies, explanation, felled_by, time_rows
 from .storage import write_atomically
 
 __all__ = ["PAGES", "write_pages"]
@@ -55,6 +58,7 @@ class _Page:
     head: list[str]
     rows: list[list[str]]
     meaning: list[str]
+    captions: dict[str, str]
 
 
 def write_pages(comparison: Comparison, folder: Path) -> None:
@@ -67,16 +71,17 @@ def write_pages(comparison: Comparison, folder: Path) -> None:
 def _page(comparison: Comparison) -> _Page:
     losses = comparison.losses
     columns = [accuracies(comparison.of(loss)) for loss in losses]
-    names = ["clean", *(f"robust, eps {eps:.4g}" for eps in comparison.settings.judging.epsilons)]
+    names = ["clean", *(f"robust, eps {name}" for name in eps_names(comparison.settings.judging.epsilons))]
     rows = [
         [name, *(value.percent() for value in values)]
         for name, values in zip(names, zip(*columns, strict=True), strict=True)
     ]
-    times = [comparison.times[loss] for loss in losses]
-    rows.append(["seconds per epoch", *(f"{time.seconds:.4f}" for time in times)])
-    rows.append(["ratio to F.cross_entropy", *(f"{time.ratio:.2f}" for time in times)])
+    rows += time_rows(comparison, losses)
     ranks = [attack_correlation(comparison, loss) for loss in losses]
-    rows.append(["distance and being broken, rank correlation", *("" if r is None else f"{r:+.2f}" for r in ranks)])
+    at = f"{_looked_at(comparison, LISTED)}, eps {comparison.settings.judging.histogram_eps():.4g}"
+    rows.append(
+        [f"distance and being broken, rank correlation ({at})", *("" if r is None else f"{r:+.2f}" for r in ranks)]
+    )
     software = "; ".join(f"{what} {value}" for what, value in environment().items())
     meaning = [f"{what}: {words}" for what, words in explanation(comparison).items()]
     return _Page(
@@ -87,7 +92,26 @@ def _page(comparison: Comparison) -> _Page:
         head=["trained with", *map(str, losses)],
         rows=rows,
         meaning=[*meaning, f"made with: {software}"],
+        captions=_captions(comparison),
     )
+
+
+def _looked_at(comparison: Comparison, most: int) -> str:
+    """Of which images of each model single values are kept."""
+    images = comparison.runs[0].images
+    return f"all {images} images" if images <= most else f"the first {most} of {images} images"
+
+
+def _captions(comparison: Comparison) -> dict[str, str]:
+    """What the pictures show, and of how many images, after an attack of which radius."""
+    after = f"; the attack is within eps {comparison.settings.judging.histogram_eps():.4g}"
+    listed, plane = (f" Of {_looked_at(comparison, most)}{after}." for most in (LISTED, PLANE_IMAGES))
+    looked_at = {
+        "second_largest_softmax.png": listed,
+        "distance_and_attack.png": listed,
+        "feature_planes.png": plane,
+    }
+    return {name: words + looked_at.get(name, "") for name, words in _CAPTIONS.items()}
 
 
 def _felled(comparison: Comparison) -> Iterator[str]:
@@ -134,8 +158,8 @@ def _sober(comparison: Comparison) -> Iterator[str]:
 def _against(comparison: Comparison, loss: TrainingLoss, baseline: TrainingLoss) -> Iterator[str]:
     ours, theirs = (accuracies(comparison.of(some)) for some in (loss, baseline))
     no_gain = [
-        f"{eps:.4g}"
-        for eps, a, b in zip(comparison.settings.judging.epsilons, ours[1:], theirs[1:], strict=True)
+        name
+        for name, a, b in zip(eps_names(comparison.settings.judging.epsilons), ours[1:], theirs[1:], strict=True)
         if a.mean - b.mean <= _spread(a) + _spread(b)
     ]
     if no_gain:
@@ -158,7 +182,7 @@ def _markdown(page: _Page) -> str:
     for heading, said in _lists(page):
         lines += [f"## {heading}", "", *(f"- {words}" for words in said), ""]
     for name in PICTURES:
-        lines += [f"![{_CAPTIONS[name]}]({name})", ""]
+        lines += [f"![{page.captions[name]}]({name})", ""]
     return "\n".join(lines)
 
 
@@ -174,7 +198,7 @@ def _html(page: _Page, folder: Path) -> str:
 
     head = "<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in page.head) + "</tr>"
     rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in page.rows)
-    figures = "".join(_figure(folder / name, _CAPTIONS[name]) for name in PICTURES)
+    figures = "".join(_figure(folder / name, page.captions[name]) for name in PICTURES)
     lists = "".join(f"<h2>{escape(heading)}</h2>{items(said)}" for heading, said in _lists(page))
     sober = f"<p>What to keep in mind first:</p>{items(page.sober)}" if page.sober else ""
     return (

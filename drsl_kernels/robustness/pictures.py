@@ -3,14 +3,14 @@
 Relies on `experiment`, `inside_pictures` and matplotlib; `commands` and `page` rely on it.
 
 Colours are those of Okabe and Ito, which people with any kind of colour vision can tell apart; markers and
-outlines say the same again.
+outlines say the same again. Of many losses those of one colour differ in their markers and lines.
 """
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -34,7 +34,11 @@ PICTURES: Final = (
 )
 
 _COLOURS: Final = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2")
-_MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X")
+_MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X", "*")  # one more than colours: both together repeat late
+_LINES: Final = ("-", "--", "-.", ":")
+
+# Of a legend, in inches: a letter, what an entry needs beside its letters, a row.
+_LETTER, _ENTRY, _ROW = 0.08, 0.65, 0.2
 _BEFORE, _AFTER = "#56B4E9", "#D55E00"
 
 
@@ -61,16 +65,15 @@ def _robust_accuracy(comparison: Comparison) -> Figure:
             list(curves[0]),
             values.mean(axis=0),
             yerr=values.std(axis=0, ddof=1) if len(values) > 1 else None,
-            color=_colour(i),
-            marker=_MARKERS[i % len(_MARKERS)],
             capsize=3,
             label=str(loss),
+            **_style(i),
         )
     axes.set_xlabel("eps: largest change of a pixel, pixels in [0, 1] (0: no attack)")
     axes.set_ylabel(f"accuracy on {comparison.settings.judging.held_out} images, %")
     axes.set_ylim(-2, 102)
     axes.grid(alpha=0.3)
-    axes.legend(title="trained with")
+    _legend_below(figure, axes, "trained with")
     words = explanation(comparison)
     axes.set_title(f"{words['robust'].split(';')[0]}\n{words['accuracy']}", fontsize=9)
     figure.suptitle("Accuracy under attack")
@@ -110,7 +113,7 @@ def _second_largest_softmax(comparison: Comparison) -> Figure:
         axes.set_title(str(loss), fontsize=10)
         axes.grid(alpha=0.3)
     figure.supxlabel(
-        "second largest softmax value of an image (0: sure of one class, 0.5: two classes tie)", fontsize=9
+        "second largest softmax value of an image\n(0: sure of one class, 0.5: two classes tie)", fontsize=9
     )
     figure.supylabel("images, % (log scale)", fontsize=9)
     handles, labels = grid.flat[0].get_legend_handles_labels()
@@ -137,38 +140,35 @@ def _training_curves(comparison: Comparison) -> Figure:
     for axes, title in zip(panels, titles, strict=True):
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
     for axes in (panels[0], panels[2]):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
     panels[2].set_visible(bool(panels[2].lines))
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(
-        handles,
-        labels,
-        loc="outside upper center",
-        ncols=len(labels),
-        title="on the training images; trained with",
-    )
+    _legend_below(figure, panels[0], "on the training images; trained with")
     return figure
 
 
 def _curve(axes: Axes, epochs: list[int], rows: list[list[float]], i: int, loss: TrainingLoss) -> None:
     """The mean over seeds, and the range of the seeds as a band."""
-    values = np.array(rows)
-    marker = _MARKERS[i % len(_MARKERS)]
-    axes.plot(
-        epochs,
-        values.mean(axis=0),
-        color=_colour(i),
-        marker=marker,
-        markevery=0.15,
-        markersize=4,
-        label=str(loss),
-    )
-    axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=_colour(i), alpha=0.2, linewidth=0)
+    values, style = np.array(rows), _style(i)
+    every = max(1, len(epochs) // 7)
+    axes.plot(epochs, values.mean(axis=0), markevery=every, markersize=4, label=str(loss), **style)
+    axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.2, linewidth=0)
 
 
-def _colour(i: int) -> str:
-    return _COLOURS[i % len(_COLOURS)]
+def _style(i: int) -> dict[str, Any]:
+    """Colour, marker and line of the loss of this index; no two of up to 56 are alike."""
+    turn, colour = divmod(i, len(_COLOURS))
+    line = _LINES[turn % len(_LINES)]
+    return {"color": _COLOURS[colour], "marker": _MARKERS[i % len(_MARKERS)], "linestyle": line}
+
+
+def _legend_below(figure: Figure, axes: Axes, title: str) -> None:
+    """A legend of what `axes` shows below all axes, in rows that fit; the figure grows by these rows."""
+    handles, labels = axes.get_legend_handles_labels()
+    width, height = figure.get_size_inches()
+    columns = max(1, int(width / (_LETTER * max(map(len, labels)) + _ENTRY)))
+    figure.set_size_inches(width, height + _ROW * -(-len(labels) // columns))
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), title=title, fontsize=9)

@@ -113,7 +113,8 @@ class Recipe:
             "onecycle", which has a rise of its own.
         clip_norm: gradients are shortened to this Euclidean length, all parameters taken together; None for not.
         label_smoothing: of the training loss, in [0, 1), as in `F.cross_entropy`.
-        label_noise: the share of training labels, in [0, 1], that are replaced by another class before training.
+        label_noise: the share of training labels, in [0, 1], that are replaced by another class before training. The
+            labels of the images that choose the best epoch stay as they are.
         augmentation: "crop_flip" pads by 4 pixels of 0, crops at random and mirrors every other image; or "none".
         amp: the dtype of automatic mixed precision, or "none". "float16" scales the loss, and needs a GPU.
         adversarial: training on attacked images, None for plain training.

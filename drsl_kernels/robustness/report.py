@@ -16,7 +16,7 @@ from typing import Any, Final
 from rich.table import Table
 from rich.text import Text
 
-from .attack_names import attacks_in_words
+from .attack_names import attacks_in_words, eps_names
 from .experiment import Comparison
 from .identity import environment
 from .judging import RunResult
@@ -33,6 +33,7 @@ __all__ = [
     "felled_by",
     "finding_lines",
     "results_tables",
+    "time_rows",
     "write_results",
 ]
 
@@ -73,11 +74,16 @@ def explanation(comparison: Comparison) -> dict[str, str]:
             f"per-sample worst case over {attacks_in_words(judging.attacks, judging.parameters)}; "
             "no pixel, in [0, 1], changed by more than eps"
         ),
-        "time": (
-            f"{comparison.timed.in_words()}, turns taken with F.cross_entropy, on {training.device}"
-            + (f", threads: {training.threads}" if training.device == "cpu" else "")
-        ),
+        "time": _timing_in_words(comparison),
     }
+
+
+def _timing_in_words(comparison: Comparison) -> str:
+    if comparison.timed is None:
+        return "not timed: at a constant learning rate training diverged"
+    training = comparison.settings.training
+    threads = f", threads: {training.threads}" if training.device == "cpu" else ""
+    return f"{comparison.timed.in_words()}, turns taken with F.cross_entropy, on {training.device}{threads}"
 
 
 def finding_lines(comparison: Comparison) -> list[Text]:
@@ -105,7 +111,9 @@ def training_in_words(training: TrainingSettings) -> str:
             f"eps {attack.eps:.4g} ({attack.norm})"
         )
     if recipe.label_noise:
-        said.append(f"{100 * recipe.label_noise:g} % of the training labels wrong")
+        said.append(
+            f"{100 * recipe.label_noise:g} % of the training labels wrong, those that choose the epoch all right"
+        )
     if recipe.amp != "none":
         said.append(f"mixed precision ({recipe.amp})")
     return ", ".join(said) + "; the weights of the best epoch on images held out of training"
@@ -134,13 +142,21 @@ def _table(comparison: Comparison, losses: Sequence[TrainingLoss]) -> Table:
         table.add_column(str(loss).replace(" ", "\n"), justify="right")
     clean, *robust = zip(*(accuracies(comparison.of(loss)) for loss in losses), strict=True)
     table.add_row("clean", *(value.percent() for value in clean))
-    for eps, values in zip(comparison.settings.judging.epsilons, robust, strict=True):
-        table.add_row(f"robust, eps {eps:.4g}", *(value.percent() for value in values))
+    for name, values in zip(eps_names(comparison.settings.judging.epsilons), robust, strict=True):
+        table.add_row(f"robust, eps {name}", *(value.percent() for value in values))
     table.add_section()
-    times = [comparison.times[loss] for loss in losses]
-    table.add_row("seconds per epoch", *(f"{time.seconds:.4f}" for time in times))
-    table.add_row("ratio to F.cross_entropy", *(f"{time.ratio:.2f}" for time in times))
+    for row in time_rows(comparison, losses):
+        table.add_row(*row)
     return table
+
+
+def time_rows(comparison: Comparison, losses: Sequence[TrainingLoss]) -> list[list[str]]:
+    """The last rows of tables: what they are, then one cell per loss."""
+    times = [comparison.times.get(loss) for loss in losses]
+    return [
+        ["seconds per epoch", *("not timed" if time is None else f"{time.seconds:.4f}" for time in times)],
+        ["ratio to F.cross_entropy", *("not timed" if time is None else f"{time.ratio:.2f}" for time in times)],
+    ]
 
 
 def accuracies(runs: Sequence[RunResult]) -> list[MeanStd]:
@@ -161,6 +177,7 @@ def felled_by(comparison: Comparison, run: RunResult) -> list[dict[str, Any]]:
 
 
 def _as_json(comparison: Comparison) -> dict[str, Any]:
+    runs = zip(comparison.runs, comparison.threads, comparison.checks, strict=True)
     return {
         "meaning": explanation(comparison) | {"units": "accuracies are fractions, times are seconds"},
         "environment": environment(),
@@ -169,15 +186,15 @@ def _as_json(comparison: Comparison) -> dict[str, Any]:
         "summary": [_summary(comparison, loss) for loss in comparison.losses],
         "checks": [_finding(finding) for finding in comparison.findings()],
         "runs": [
-            _run(comparison, run) | {"checks": [asdict(check) for check in checks]}
-            for run, checks in zip(comparison.runs, comparison.checks, strict=True)
+            _run(comparison, run) | {"threads": threads, "checks": [asdict(check) for check in checks]}
+            for run, threads, checks in runs
         ],
     }
 
 
 def _summary(comparison: Comparison, loss: TrainingLoss) -> dict[str, Any]:
     clean, *robust = accuracies(comparison.of(loss))
-    time = comparison.times[loss]
+    time = comparison.times.get(loss)
     return {
         "loss": loss.name,
         "tau": loss.tau,
@@ -186,8 +203,8 @@ def _summary(comparison: Comparison, loss: TrainingLoss) -> dict[str, Any]:
             {"eps": eps, **asdict(value)}
             for eps, value in zip(comparison.settings.judging.epsilons, robust, strict=True)
         ],
-        "seconds_per_epoch": time.seconds,
-        "ratio_to_cross_entropy": time.ratio,
+        "seconds_per_epoch": None if time is None else time.seconds,
+        "ratio_to_cross_entropy": None if time is None else time.ratio,
     }
 
 

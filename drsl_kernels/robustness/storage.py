@@ -4,26 +4,43 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-__all__ = ["read_json", "write_atomically", "write_json"]
+__all__ = ["clear_unfinished", "read_json", "write_atomically", "write_json"]
+
+
+# No file takes so long to write, in seconds: an unfinished one that is older was left by a process that was killed.
+_LEFT_BEHIND: Final = 3600.0
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in its place in one move.
 
     A reader sees the old file or the new one, never a part of it; if `write` fails, the old one stays and the
-    temporary file is removed.
+    temporary file is removed. Once this returns the new one is on the disk.
     """
     temporary = path.with_name(f".unfinished-{os.getpid()}-{path.name}")
     try:
         write(temporary)
+        _sync(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    _sync(path.parent)  # the new name, too
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what killed processes have left in a folder, and nothing that another process may be writing."""
+    for unfinished in folder.glob(".unfinished-*"):
+        try:
+            if time.time() - unfinished.stat().st_mtime > _LEFT_BEHIND:
+                unfinished.unlink()
+        except FileNotFoundError:  # another process has finished or removed it
+            continue
 
 
 def write_json(path: Path, content: object) -> None:
@@ -38,6 +55,14 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -63,7 +63,10 @@ batch_size_option = click.option(
 )
 lr_option = click.option("--lr", type=float, help="Learning rate: the highest of the schedule.")
 label_noise_option = click.option(
-    "--label-noise", type=float, help="Share of the training labels made wrong first.  [default: 0]"
+    "--label-noise",
+    type=float,
+    help="Share of the training labels made wrong first. The labels that choose the best epoch stay right, which data "
+    "that are noisy themselves do not offer.  [default: 0]",
 )
 amp_option = click.option(
     "--amp", type=click.Choice(AMP), help="Mixed precision; float16 needs a GPU.  [default: none]"
