@@ -38,11 +38,17 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     Args:
         path: of the file; its folder exists.
         content: see above; tensors, numbers, strings, None, and lists, tuples and dicts of them.
+
+    Raises:
+        OSError: the file cannot be written, the disk being full, for one.
     """
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
-            torch.save(content, file)
+            try:
+                torch.save(content, file)
+            except RuntimeError as error:  # torch's zip writer hides the reason why a write failed
+                raise OSError(f"cannot write {path}: is the disk full? {str(error).partition(chr(10))[0]}") from error
             file.flush()
             os.fsync(file.fileno())
 

@@ -94,6 +94,9 @@ class Split:
     held_out_x: Tensor
     held_out_y: Tensor
 
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.train_x, self.train_y, self.held_out_x, self.held_out_y
+
     def first(self, samples: int) -> Split:
         """At most the first `samples` images of both parts."""
         return Split(
