@@ -84,7 +84,8 @@ class TestIdx:
     def test_debian_s_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(idx_files, "DEBIAN_FASHION_MNIST", write(tmp_path / "debian", zipped=True))
         first = load("fashion_mnist").train_x[0]
-        assert torch.equal(load("fashion_mnist", data_dir=tmp_path / "elsewhere").train_x[0], first)
+        with pytest.raises(FileNotFoundError, match="elsewhere: no such folder"):
+            load("fashion_mnist", data_dir=tmp_path / "elsewhere")
         write(tmp_path, seed=5)
         assert not torch.equal(load("fashion_mnist", data_dir=tmp_path).train_x[0], first)
         with pytest.raises(FileNotFoundError, match="no folder, for data_dir is None"):
