@@ -17,6 +17,7 @@ from .attack_options import (
     check_package,
     iterations_option,
     queries_option,
+    refuse_unused,
     restarts_option,
     steps_option,
     targets_option,
@@ -33,6 +34,7 @@ __all__ = ["attack_command"]
 
 _DEFAULTS: Final = AttackSettings()
 _USUAL_EPS: Final[dict[str, float]] = {"linf": 8 / 255, "l2": 0.5}
+_LARGEST_EPS: Final = 1e6
 _MOST_THREADS: Final = 1024
 
 
@@ -139,14 +141,15 @@ def attack_command(checkpoints: tuple[Path, ...], sources: tuple[Path, ...], **o
     results = []
     with reproducible(settings.threads), ProgressBars(console, len(models)) as bars:
         for subject in models:
+            _note_left_out(settings, subject, strangers, bars)
             try:
                 result = attack_checkpoint(
                     settings, subject, strangers, out, bars, data_dir=options["data_dir"], fresh=options["fresh"]
                 )
-            except (FloatingPointError, FileNotFoundError) as error:
+                results.append(result)
+                write_results(settings, results, out)
+            except (FloatingPointError, OSError, ValueError) as error:
                 raise click.ClickException(f"{subject.path}: {error}") from error
-            results.append(result)
-            write_results(settings, results, out)
     reused = sum(result.reused for result in results)
     if reused:
         console.print(f"Found finished in {out} and used again: {reused} attacks and checks.")
@@ -172,9 +175,14 @@ def _settings(options: dict[str, Any], has_source: bool) -> AttackSettings:
     if norm != "linf" and any(name.startswith("fgsm") for name in attacks):
         raise click.BadParameter(f"fgsm is an attack in the norm linf, not {norm}", param_hint="--attacks")
     check_package(attacks)
+    refuse_unused(attacks)
     epsilons = options["epsilons"] or (_USUAL_EPS[norm],)
     if norm == "linf" and max(epsilons) > 1:
         raise click.BadParameter(f"{max(epsilons):g} is not from 0 to 1, as pixels are", param_hint="--eps")
+    if max(epsilons) > _LARGEST_EPS:
+        raise click.BadParameter(
+            f"{max(epsilons):g} is not from 0 to {_LARGEST_EPS:g}: no two images are as far apart", param_hint="--eps"
+        )
     return AttackSettings(
         attacks=attacks,
         epsilons=epsilons,
@@ -192,6 +200,13 @@ def _load(path: Path, device: str, hint: str) -> Subject:
         raise click.BadParameter(f"cannot load {path}: {reason}", param_hint=hint) from error
 
 
+def _note_left_out(settings: AttackSettings, model: Subject, strangers: Sequence[Subject], bars: ProgressBars) -> None:
+    if any(name.startswith("transfer") for name in settings.attacks):
+        for stranger in strangers:
+            if stranger.digest == model.digest:
+                bars.note(f"{model.path}: nothing is transferred from {stranger.path}, which is the same model.")
+
+
 def _check_fit(settings: AttackSettings, models: Sequence[Subject], strangers: Sequence[Subject]) -> None:
     """What an attack needs of a model, and what two models must have in common, before hours of work."""
     for model in models:
@@ -200,7 +215,14 @@ def _check_fit(settings: AttackSettings, models: Sequence[Subject], strangers: S
             if about["classes"] < least_classes(name):
                 needs = f"{name} needs {least_classes(name)} classes or more, {model.path} has {about['classes']}"
                 raise click.BadParameter(needs, param_hint="--attacks")
-        for stranger in strangers:
+        others = [stranger for stranger in strangers if stranger.digest != model.digest]
+        if not others and all(name.startswith("transfer") for name in settings.attacks):
+            raise click.BadParameter(
+                f"nothing is left to attack {model.path} with, for a model is no stranger to itself; leave it out, or "
+                "add other --attacks",
+                param_hint="--transfer-from",
+            )
+        for stranger in others:
             other = stranger.loaded.about
             mine, theirs = ((list(a["shape"]), a["classes"]) for a in (about, other))
             if mine != theirs:
