@@ -50,9 +50,9 @@ class TestRecipe:
         ("make", "message"),
         [
             (lambda: Recipe(epochs=0), "epochs must be 1 or more, got 0"),
-            (lambda: Recipe(learning_rate=math.inf), "learning_rate must be above 0 and finite, got inf"),
+            (lambda: Recipe(learning_rate=math.inf), "learning_rate must be above 0 and below 1e.30, got inf"),
             (lambda: Recipe(optimizer="lamb"), "optimizer must be one of 'sgd', 'adam', 'adamw', got 'lamb'"),
-            (lambda: Recipe(weight_decay=-1), "weight_decay must be 0 or more and finite, got -1"),
+            (lambda: Recipe(weight_decay=-1), "weight_decay must be 0 or more and below 1e.30, got -1"),
             (lambda: Recipe(momentum=1), "momentum must be 0 or more and below 1, got 1"),
             (lambda: Recipe(schedule="step"), "schedule must be one of 'constant', 'cosine', 'multistep', 'onecycle'"),
             (lambda: Recipe(schedule="multistep"), "milestones must be given with schedule 'multistep'"),

@@ -28,13 +28,12 @@ from .attack_run import AttackSettings, Subject, attack_checkpoint, load_subject
 from .attacks import NORMS, Norm
 from .command_parts import ProgressBars, check_device, keep_freed_memory, prepare_folder, reproducible
 from .data import PARTS, Part
-from .options import Folder, Radii
+from .options import Folder, Radii, check_radius
 
 __all__ = ["attack_command"]
 
 _DEFAULTS: Final = AttackSettings()
 _USUAL_EPS: Final[dict[str, float]] = {"linf": 8 / 255, "l2": 0.5}
-_LARGEST_EPS: Final = 1e6
 _MOST_THREADS: Final = 1024
 
 
@@ -177,12 +176,7 @@ def _settings(options: dict[str, Any], has_source: bool) -> AttackSettings:
     check_package(attacks)
     refuse_unused(attacks)
     epsilons = options["epsilons"] or (_USUAL_EPS[norm],)
-    if norm == "linf" and max(epsilons) > 1:
-        raise click.BadParameter(f"{max(epsilons):g} is not from 0 to 1, as pixels are", param_hint="--eps")
-    if max(epsilons) > _LARGEST_EPS:
-        raise click.BadParameter(
-            f"{max(epsilons):g} is not from 0 to {_LARGEST_EPS:g}: no two images are as far apart", param_hint="--eps"
-        )
+    check_radius(max(epsilons), norm, "--eps")
     return AttackSettings(
         attacks=attacks,
         epsilons=epsilons,
