@@ -243,6 +243,20 @@ class TestPlainTraining:
         assert smooth.cross_entropy.item() == pytest.approx(F.cross_entropy(logits, y, reduction="sum").item())
         assert smooth.correct == plain.correct
 
+    def test_log_odds(self, split: Split) -> None:
+        logits = torch.randn(7, 5, generator=seeded()).double()
+        y = torch.randint(5, (7,), generator=seeded(1))
+        p = logits.softmax(1).gather(1, y[:, None])
+        result = TrainingLoss("log_odds")(logits, y)
+        assert result.loss.item() == pytest.approx(((1 - p).log() - p.log()).mean().item())
+        assert result.cross_entropy.item() == pytest.approx(-p.log().sum().item())
+        (log,) = train(
+            linear(10), split.train_x, split.train_y, TrainingLoss("log_odds"), Recipe(1), generator=seeded()
+        )
+        assert log.distance is None
+        with pytest.raises(ValueError, match="tau of log_odds must be 0: it has no penalty; got 1"):
+            TrainingLoss("log_odds", 1)
+
     @pytest.mark.parametrize(("name", "q"), [("gce", 0.7), ("mae", 1.0)])
     def test_losses_for_noisy_labels(self, split: Split, name: str, q: float) -> None:
         logits = torch.randn(7, 5, generator=seeded()).double()

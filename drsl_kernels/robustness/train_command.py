@@ -19,7 +19,7 @@ from .balls import NORMS
 from .command_parts import check_device, fix_cublas, keep_freed_memory
 from .distributed import joined_world
 from .engine import BEST, Outcome, read_settings, run
-from .losses import ALL_LOSSES, BASELINE, SMOOTHED, TRUTHS, TrainingLoss
+from .losses import ALL_LOSSES, BASELINE, SMOOTHED, TRUTHS_IN_WORDS, TrainingLoss
 from .options import Distance, Folder, check_radius
 from .recipe import AUGMENTATIONS, CRAFT_MODES, INNER_LOSSES, OPTIMIZERS, SCHEDULES
 from .settings import TrainingSettings, default_tau
@@ -75,8 +75,8 @@ class _Milestones(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     "--loss",
     "loss_name",
     type=click.Choice(ALL_LOSSES),
-    help=f"{BASELINE} is cross-entropy alone, {SMOOTHED} the same with labels smoothed by tau, {' and '.join(TRUTHS)} "
-    "are made for noisy labels; any other is cross-entropy plus tau times the distance of that name.  "
+    help=f"{BASELINE} is cross-entropy alone, {SMOOTHED} the same with labels smoothed by tau, {TRUTHS_IN_WORDS}; "
+    "any other is cross-entropy plus tau times the distance of that name.  "
     f"[default: {BASELINE}]",
 )
 @click.option(
