@@ -3,8 +3,8 @@
 A folder holds settings.json, last.pt (everything that going on needs), best.pt (the model of the best epoch on held-out
 training images; the test images are never loaded), metrics.csv and tensorboard/. Each file is whole or absent at every
 moment, and last.pt is written last: whatever comes after it in a run that was killed is done again, with the same
-result. Relies on `train`, `validation`, `checkpoint`, `training_logs`, `data` and `models`; `train_command` and
-`experiment` rely on it.
+result. Relies on `training_folder`, `train`, `validation`, `checkpoint`, `training_logs`, `data` and `models`;
+`train_command` and `experiment` rely on it.
 """
 
 from __future__ import annotations

@@ -87,10 +87,16 @@ def _locked(path: Path) -> int:
             raise BlockingIOError(message) from None
         except OSError:
             return descriptor
-        # Between open and lock the one who had it may have removed it.
-        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+        if _is_at(path, descriptor):
             return descriptor
-        os.close(descriptor)
+        os.close(descriptor)  # between open and lock the one who had it has removed it
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def read_settings(folder: Path) -> TrainingSettings | None:
