@@ -32,7 +32,7 @@ _FOLDERS: Final = {
     "mnist": ("mnist", "MNIST/raw", ""),
 }
 _ADVICE: Final = {
-    "fashion_mnist": "Debian and Ubuntu: apt install dataset-fashion-mnist. "
+    "fashion_mnist": "Debian and Ubuntu: apt install dataset-fashion-mnist, and name no folder. "
     "Elsewhere: https://github.com/zalandoresearch/fashion-mnist",
     "mnist": "They are at https://ossci-datasets.s3.amazonaws.com/mnist/, from where torchvision has them.",
 }
