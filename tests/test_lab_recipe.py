@@ -50,9 +50,9 @@ class TestRecipe:
         ("make", "message"),
         [
             (lambda: Recipe(epochs=0), "epochs must be 1 or more, got 0"),
-            (lambda: Recipe(learning_rate=math.inf), "learning_rate must be above 0 and finite, got inf"),
+            (lambda: Recipe(learning_rate=math.inf), "learning_rate must be above 0 and below 1e.30, got inf"),
             (lambda: Recipe(optimizer="lamb"), "optimizer must be one of 'sgd', 'adam', 'adamw', got 'lamb'"),
-            (lambda: Recipe(weight_decay=-1), "weight_decay must be 0 or more and finite, got -1"),
+            (lambda: Recipe(weight_decay=-1), "weight_decay must be 0 or more and below 1e.30, got -1"),
             (lambda: Recipe(momentum=1), "momentum must be 0 or more and below 1, got 1"),
             (lambda: Recipe(schedule="step"), "schedule must be one of 'constant', 'cosine', 'multistep', 'onecycle'"),
             (lambda: Recipe(schedule="multistep"), "milestones must be given with schedule 'multistep'"),
@@ -242,6 +242,20 @@ class TestPlainTraining:
         assert smooth.loss.item() == pytest.approx(expected.item())
         assert smooth.cross_entropy.item() == pytest.approx(F.cross_entropy(logits, y, reduction="sum").item())
         assert smooth.correct == plain.correct
+
+    def test_log_odds(self, split: Split) -> None:
+        logits = torch.randn(7, 5, generator=seeded()).double()
+        y = torch.randint(5, (7,), generator=seeded(1))
+        p = logits.softmax(1).gather(1, y[:, None])
+        result = TrainingLoss("log_odds")(logits, y)
+        assert result.loss.item() == pytest.approx(((1 - p).log() - p.log()).mean().item())
+        assert result.cross_entropy.item() == pytest.approx(-p.log().sum().item())
+        (log,) = train(
+            linear(10), split.train_x, split.train_y, TrainingLoss("log_odds"), Recipe(1), generator=seeded()
+        )
+        assert log.distance is None
+        with pytest.raises(ValueError, match="tau of log_odds must be 0: it has no penalty; got 1"):
+            TrainingLoss("log_odds", 1)
 
     @pytest.mark.parametrize(("name", "q"), [("gce", 0.7), ("mae", 1.0)])
     def test_losses_for_noisy_labels(self, split: Split, name: str, q: float) -> None:

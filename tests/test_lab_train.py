@@ -261,10 +261,10 @@ class TestCommand:
             *("--warmup", "0.5", "--clip-norm", "3", "--label-smoothing", "0.1", "--label-noise", "0.2"),
             *("--augmentation", "crop_flip", "--amp", "bfloat16", "--adversarial", "madry", "--eps", "8/255"),
             *("--alpha", "0.01", "--steps", "3", "--norm", "l2", "--no-random-start", "--inner-loss", "training"),
-            *("--beta", "2", "--craft-mode", "eval", "--seed", "5", "--samples", "50", "--threads", "2"),
+            *("--craft-mode", "eval", "--seed", "5", "--samples", "50", "--threads", "2"),
             *("--data-dir", "somewhere", "--robust-images", "64"),
         )
-        attack = Adversarial("madry", 8 / 255, 0.01, 3, "l2", False, "training", 2.0, "eval")
+        attack = Adversarial("madry", 8 / 255, 0.01, 3, "l2", False, "training", 6.0, "eval")
         recipe = Recipe(
             *(7, 9, 0.3, "sgd", 0.01, 0.5, "multistep", (2, 4), 0.5, 3.0, 0.1, 0.2, "crop_flip", "bfloat16", attack)
         )
@@ -276,16 +276,45 @@ class TestCommand:
     def test_attacks_have_the_defaults_of_the_data(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         attack = self.settings(monkeypatch, tmp_path, "--adversarial", "trades", "--steps", "3").recipe.adversarial
         assert attack == Adversarial("trades", 0.1, 0.025, 3)
+        attack = self.settings(monkeypatch, tmp_path, "--adversarial", "trades", "--beta", "2").recipe.adversarial
+        assert attack == Adversarial("trades", 0.1, 0.025, 10, beta=2.0)
+
+    @pytest.mark.parametrize("dataset", ["digits", "mnist", "cifar10"])
+    def test_attacks_in_l2(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dataset: str) -> None:
+        """All steps together go 2.5 times the radius, unless told otherwise; the radius may exceed 1."""
+
+        def attack(*options: str) -> Adversarial | None:
+            given = ("--dataset", dataset, "--adversarial", "madry", "--norm", "l2", *options)
+            return self.settings(monkeypatch, tmp_path, *given).recipe.adversarial
+
+        assert attack() == Adversarial("madry", 0.5, 0.125, 10, "l2")
+        assert attack("--eps", "2") == Adversarial("madry", 2.0, 0.5, 10, "l2")
+        assert attack("--eps", "2", "--steps", "5") == Adversarial("madry", 2.0, 1.0, 5, "l2")
+        assert attack("--eps", "2", "--alpha", "1.5") == Adversarial("madry", 2.0, 1.5, 10, "l2")
+
+    def test_a_resumed_attack_in_l2_is_as_it_was(self, tmp_path: Path) -> None:
+        attack = Adversarial("madry", 0.3, 0.01, 1, "l2")
+        run(replace(QUICK, recipe=Recipe(epochs=1, adversarial=attack)), tmp_path, tensorboard=False)
+        result = self.invoke("--resume", "--norm", "l2", "--eps", "0.3", "--out", str(tmp_path))
+        assert result.exit_code == 0, result.output
 
     @pytest.mark.parametrize(
         ("options", "code", "message"),
         [
             (["--eps", "0.1"], 2, "--eps needs --adversarial madry or trades"),
             (["--adversarial", "trades", "--eps", "8"], 2, "'8' is not from 0 to 1"),
+            (["--adversarial", "trades", "--alpha", "2"], 2, "'2' is not from 0 to 1"),
+            (["--adversarial", "trades", "--norm", "l2", "--eps", "1e308"], 2, "'1e+308' is not from 0 to 1e+06"),
+            (["--momentum", "0.5"], 2, "--momentum needs --optimizer sgd"),
+            (["--robust-images", "5"], 2, "--robust-images needs --adversarial madry or trades"),
+            (["--adversarial", "madry", "--beta", "1"], 2, "--beta needs --adversarial trades"),
+            (["--adversarial", "trades", "--inner-loss", "ce"], 2, "--inner-loss needs --adversarial madry"),
+            (["--milestones", "5"], 1, "milestones must be given with schedule 'multistep' and with no other"),
+            (["--schedule", "multistep", "--milestones", "5,40"], 2, "40 is not before the last of 40 epochs"),
             (["--adversarial", "trades", "--eps", "0.1,0.2"], 2, "'0.1,0.2' must be one number"),
             (["--milestones", "a"], 2, "'a' must be epochs such as 75,90"),
             (["--tau", "1"], 1, "tau of ce must be 0"),
-            (["--lr", "0"], 1, "learning_rate must be above 0 and finite, got 0"),
+            (["--lr", "0"], 1, "learning_rate must be above 0 and below 1e+30, got 0"),
             (["--schedule", "multistep"], 1, "milestones must be given with schedule 'multistep'"),
             (["--amp", "float16"], 1, "amp 'float16' needs a CUDA device"),
             (["--device", "abacus"], 2, "cannot use 'abacus' here"),

@@ -285,7 +285,7 @@ class TestTraining:
             (lambda: TrainingLoss("ce", 1), "tau of ce must be 0"),
             (lambda: Recipe(epochs=0), "epochs must be 1 or more, got 0"),
             (lambda: Recipe(batch_size=0), "batch_size must be 1 or more, got 0"),
-            (lambda: Recipe(learning_rate=math.nan), "learning_rate must be above 0 and finite, got nan"),
+            (lambda: Recipe(learning_rate=math.nan), "learning_rate must be above 0 and below 1e.30, got nan"),
         ],
     )
     def test_bad_input(self, make: Callable[[], object], message: str) -> None:

@@ -16,6 +16,7 @@ from .attack_options import (
     check_package,
     iterations_option,
     queries_option,
+    refuse_unused,
     restarts_option,
     steps_option,
     targets_option,
@@ -34,7 +35,7 @@ from .command_parts import (
     reproducible,
 )
 from .data import PARTS, Part
-from .options import Folder, Radii
+from .options import Folder, Radii, check_radius
 
 __all__ = ["attack_command"]
 
@@ -147,14 +148,15 @@ def attack_command(checkpoints: tuple[Path, ...], sources: tuple[Path, ...], **o
     results = []
     with reproducible(settings.threads), ProgressBars(console, len(models)) as bars:
         for subject in models:
+            _note_left_out(settings, subject, strangers, bars)
             try:
                 result = attack_checkpoint(
                     settings, subject, strangers, out, bars, data_dir=options["data_dir"], fresh=options["fresh"]
                 )
-            except (FloatingPointError, FileNotFoundError) as error:
+                results.append(result)
+                write_results(settings, results, out)
+            except (FloatingPointError, OSError, ValueError) as error:
                 raise click.ClickException(f"{subject.path}: {error}") from error
-            results.append(result)
-            write_results(settings, results, out)
     reused = sum(result.reused for result in results)
     if reused:
         console.print(f"Found finished in {out} and used again: {reused} attacks and checks.")
@@ -180,9 +182,9 @@ def _settings(options: dict[str, Any], has_source: bool) -> AttackSettings:
     if norm != "linf" and any(name.startswith("fgsm") for name in attacks):
         raise click.BadParameter(f"fgsm is an attack in the norm linf, not {norm}", param_hint="--attacks")
     check_package(attacks)
+    refuse_unused(attacks)
     epsilons = options["epsilons"] or (_USUAL_EPS[norm],)
-    if norm == "linf" and max(epsilons) > 1:
-        raise click.BadParameter(f"{max(epsilons):g} is not from 0 to 1, as pixels are", param_hint="--eps")
+    check_radius(max(epsilons), norm, "--eps")
     return AttackSettings(
         attacks=attacks,
         epsilons=epsilons,
@@ -200,6 +202,13 @@ def _load(path: Path, device: str, hint: str) -> Subject:
         raise click.BadParameter(f"cannot load {path}: {reason}", param_hint=hint) from error
 
 
+def _note_left_out(settings: AttackSettings, model: Subject, strangers: Sequence[Subject], bars: ProgressBars) -> None:
+    if any(name.startswith("transfer") for name in settings.attacks):
+        for stranger in strangers:
+            if stranger.digest == model.digest:
+                bars.note(f"{model.path}: nothing is transferred from {stranger.path}, which is the same model.")
+
+
 def _check_fit(settings: AttackSettings, models: Sequence[Subject], strangers: Sequence[Subject]) -> None:
     """What an attack needs of a model, and what two models must have in common, before hours of work."""
     for model in models:
@@ -208,7 +217,14 @@ def _check_fit(settings: AttackSettings, models: Sequence[Subject], strangers: S
             if about["classes"] < least_classes(name):
                 needs = f"{name} needs {least_classes(name)} classes or more, {model.path} has {about['classes']}"
                 raise click.BadParameter(needs, param_hint="--attacks")
-        for stranger in strangers:
+        others = [stranger for stranger in strangers if stranger.digest != model.digest]
+        if not others and all(name.startswith("transfer") for name in settings.attacks):
+            raise click.BadParameter(
+                f"nothing is left to attack {model.path} with, for a model is no stranger to itself; leave it out, or "
+                "add other --attacks",
+                param_hint="--transfer-from",
+            )
+        for stranger in others:
             other = stranger.loaded.about
             mine, theirs = ((list(a["shape"]), a["classes"]) for a in (about, other))
             if mine != theirs:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import click
+from click.core import ParameterSource
 
 from .attack_losses import ATTACK_LOSSES
 from .attack_names import KINDS, TRAINING, AttackParameters
@@ -22,12 +23,22 @@ __all__ = [
     "check_package",
     "iterations_option",
     "queries_option",
+    "refuse_unused",
     "restarts_option",
     "steps_option",
     "targets_option",
 ]
 
 _NUMBERS: Final = AttackParameters()
+
+_PGD: Final = ("pgd", "pgd-t", "transfer")
+_USED_BY: Final = {
+    "steps": _PGD,
+    "restarts": _PGD,
+    "targets": ("pgd-t", "apgd-t", "fab-t"),
+    "iterations": tuple(name for name in AUTOATTACK if name != "square"),
+    "queries": ("square",),
+}
 
 
 def attacks_option(default: Sequence[str], kinds: Sequence[str] = KINDS) -> Decorator:
@@ -68,6 +79,15 @@ queries_option = _number("--queries", _NUMBERS.queries, "Points that Square look
 def attack_parameters(options: dict[str, Any], norm: Norm = "linf") -> AttackParameters:
     names = ("steps", "restarts", "targets", "iterations", "queries")
     return AttackParameters(norm, *(options[name] for name in names))
+
+
+def refuse_unused(attacks: Sequence[str]) -> None:
+    """Refuse a number that is given for attacks that are not run: whoever gives it believes that it does something."""
+    context = click.get_current_context()
+    for option, kinds in _USED_BY.items():
+        given = context.get_parameter_source(option) not in (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
+        if given and not any(name.partition(":")[0] in kinds for name in attacks):
+            raise click.UsageError(f"--{option} needs one of {', '.join(kinds)} among --attacks")
 
 
 def check_package(attacks: Sequence[str]) -> None:

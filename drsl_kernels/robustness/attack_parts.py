@@ -5,11 +5,12 @@ Relies on `storage`, `attack_table` and `masking`; `attack_run` relies on it.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -19,6 +20,9 @@ from .masking import Check
 from .storage import read_json, write_json
 
 __all__ = ["FinishedParts", "parts_of"]
+
+# File systems take 255 bytes, of which the prefix and what marks an unfinished file need some.
+_LONGEST_NAME: Final = 150
 
 
 def parts_of(folder: Path) -> Path:
@@ -74,7 +78,11 @@ class FinishedParts:
         write_json(self._path(name), {"identity": self.identity | asked, "result": result})
 
     def _path(self, name: str) -> Path:
-        return self.folder / f"{self.prefix}-{re.sub('[^A-Za-z0-9.-]+', '_', name)}.json"
+        plain_name = re.sub("[^A-Za-z0-9.-]+", "_", name)
+        if len(plain_name) > _LONGEST_NAME:  # of a source that lies deep in folders
+            digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
+            plain_name = f"{plain_name[:40]}-{digest[:16]}"
+        return self.folder / f"{self.prefix}-{plain_name}.json"
 
 
 def _as_outcome(content: Any, images: int) -> AttackOutcome | None:

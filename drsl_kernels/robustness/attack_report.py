@@ -120,7 +120,8 @@ def _as_json(result: Attacked) -> dict[str, Any]:
 def _write_csv(settings: AttackSettings, results: Sequence[Attacked], path: Path) -> None:
     """The attack "none" has the clean accuracy; "worst_case" is over all attacks."""
     norm = settings.parameters.norm
-    with path.open("w", newline="", encoding="utf-8") as file:
+    # A path may hold bytes that are no UTF-8.
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(_CSV_COLUMNS)
         for result in results:

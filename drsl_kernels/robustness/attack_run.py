@@ -142,7 +142,8 @@ def attack_checkpoint(
 
     Raises:
         FloatingPointError: the model gives NaN.
-        FileNotFoundError: the images are not there.
+        FileNotFoundError, ValueError: the images are not there, or their files are damaged.
+        OSError: a part cannot be written.
     """
     about, model = subject.loaded.about, subject.loaded.model
     place = data_dir if data_dir is not None else about.get("data_dir")
@@ -195,7 +196,7 @@ def _attacks(
     """Each attack, and the digest of the checkpoint that it transfers from, if it does."""
     about = subject.loaded.about
     trained_with = per_sample(
-        TrainingLoss(**about["loss"]), label_smoothing=about.get("recipe", {}).get("label_smoothing", 0.0)
+        TrainingLoss(**about["loss"]), label_smoothing=(about.get("recipe") or {}).get("label_smoothing", 0.0)
     )
     strangers = [source for source in sources if source.digest != subject.digest]
     found: list[tuple[AnyAttack, str | None]] = []

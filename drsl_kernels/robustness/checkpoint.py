@@ -1,8 +1,8 @@
 """Checkpoints: files that hold a model and what it is, whole or absent, read without running any code in them.
 
 A checkpoint is a dict: "format" (1), "about" (dataset, model, shape, classes, mean, std, seed, loss, recipe, data_dir,
-epoch, versions), "model" (its state_dict) and, in one that training can go on from, "state". Relies on `storage` and
-`models`; `engine` and the attacks rely on it.
+epoch, versions), "model" (its state_dict) and, in one that training can go on from, "state". Relies on `storage`,
+`data`, `losses` and `models`; `engine` and the attacks rely on it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from drsl_kernels.spec import number
+
+from .data import dataset_info
+from .losses import TrainingLoss
 from .models import make_model
 from .storage import write_atomically
 
@@ -21,6 +25,16 @@ __all__ = ["FORMAT", "LoadedModel", "load_checkpoint", "load_model", "save_check
 
 FORMAT: Final = 1
 _KEYS: Final = {"format", "about", "model"}
+
+# Of "about" what a model is made from and what attacks need to know, and their types.
+_ABOUT: Final[dict[str, tuple[type, ...]]] = {
+    **dict.fromkeys(("dataset", "model"), (str,)),
+    **dict.fromkeys(("classes", "seed"), (int,)),
+    **dict.fromkeys(("shape", "mean", "std"), (list, tuple)),
+    "loss": (dict,),
+    "recipe": (dict, type(None)),
+    "data_dir": (str, type(None)),
+}
 
 
 @dataclass(frozen=True)
@@ -37,11 +51,17 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     Args:
         path: of the file; its folder exists.
         content: see above; tensors, numbers, strings, None, and lists, tuples and dicts of them.
+
+    Raises:
+        OSError: the file cannot be written, the disk being full, for one.
     """
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
-            torch.save(content, file)
+            try:
+                torch.save(content, file)
+            except RuntimeError as error:  # torch's zip writer hides the reason why a write failed
+                raise OSError(f"cannot write {path}: is the disk full? {str(error).partition(chr(10))[0]}") from error
 
     write_atomically(path, write)
 
@@ -75,18 +95,40 @@ def load_model(path: Path | str, *, device: torch.device | str = "cpu") -> Loade
     """The model of a checkpoint, in evaluation mode on `device`.
 
     Raises:
-        FileNotFoundError, ValueError: see `load_checkpoint`.
+        FileNotFoundError, ValueError: see `load_checkpoint`; ValueError also where it does not tell what model it is.
         RuntimeError: the weights are not those of the model that the checkpoint names.
     """
     content = load_checkpoint(path)
     about = content["about"]
-    model = make_model(
-        about["model"],
-        shape=tuple(about["shape"]),
-        classes=about["classes"],
-        seed=about["seed"],
-        mean=about["mean"],
-        std=about["std"],
-    )
+    try:
+        _check_about(about)
+        model = make_model(
+            about["model"],
+            shape=tuple(about["shape"]),
+            classes=about["classes"],
+            seed=about["seed"],
+            mean=about["mean"],
+            std=about["std"],
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not tell what model it holds: {error}") from error
     model.load_state_dict(content["model"])
     return LoadedModel(model.to(device).eval(), about)
+
+
+def _check_about(about: Any) -> None:
+    """What a model is, and what attacks ask about it; raises TypeError or ValueError."""
+    if not isinstance(about, dict):
+        raise TypeError(f"'about' must be a dict, got {about!r}")
+    for name, kinds in _ABOUT.items():
+        if name not in about and type(None) not in kinds:
+            raise ValueError(f"'about' has no {name!r}")
+        if not isinstance(about.get(name), kinds):
+            raise TypeError(f"{name!r} is {about[name]!r}")
+    loss, shape = about["loss"], dataset_info(about["dataset"]).shape
+    if loss.keys() != {"name", "tau"}:
+        raise ValueError(f"'loss' must have name and tau, got {loss!r}")
+    smoothing = (about.get("recipe") or {}).get("label_smoothing", 0.0)
+    TrainingLoss(**loss).smoothing(number("label_smoothing", smoothing))
+    if tuple(about["shape"]) != shape:
+        raise ValueError(f"'shape' must be {list(shape)} for {about['dataset']}, got {about['shape']!r}")

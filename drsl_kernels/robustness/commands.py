@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 import click
 
 from drsl_kernels import __version__
@@ -20,6 +23,9 @@ def drsl() -> None:
 
     To begin, run `drsl compare`: it needs no options and no data of yours.
     """
+    # A path may hold bytes that are no text: to show one must not end hours of work.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 drsl.add_command(compare_command)

@@ -37,7 +37,7 @@ from .data import PARTS, Part, dataset_info
 from .engine import BEST, FILES
 from .experiment import Settings, compare, run_folder
 from .judging import JUDGED, Judging
-from .losses import ALL_LOSSES, BASELINE, DEFAULT_TAUS, SMOOTHED, TRUTHS, TrainingLoss
+from .losses import ALL_LOSSES, BASELINE, DEFAULT_TAUS, SMOOTHED, TRUTHS, TRUTHS_IN_WORDS, TrainingLoss
 from .options import Distance, Folder, Names, Radii, Tau
 from .page import PAGES, write_pages
 from .pictures import PICTURES, draw_pictures
@@ -83,7 +83,7 @@ _DEFAULT_TAUS: Final = "; ".join(
     default="ce,uniform,non_target_logits",
     show_default=True,
     help=f"What to train with, names with commas between. {BASELINE} is cross-entropy alone, {SMOOTHED} the same with "
-    f"labels smoothed by tau, {' and '.join(TRUTHS)} are made for noisy labels; each of "
+    f"labels smoothed by tau, {TRUTHS_IN_WORDS}; each of "
     f"{', '.join(name for name in ALL_LOSSES if name not in (BASELINE, SMOOTHED, *TRUTHS))} is cross-entropy plus tau "
     "times the distance of that name.",
 )

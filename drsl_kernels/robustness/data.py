@@ -94,6 +94,9 @@ class Split:
     held_out_x: Tensor
     held_out_y: Tensor
 
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.train_x, self.train_y, self.held_out_x, self.held_out_y
+
     def first(self, samples: int) -> Split:
         """At most the first `samples` images of both parts."""
         return Split(
@@ -131,7 +134,7 @@ def load(name: str, *, data_dir: Path | None = None, held_out: Part = "test") ->
     |---|---|---|
     | `digits` | 1297, 500 | scikit-learn, which ships them; see `digits` |
     | `fashion_mnist` | 60000, 10000 | IDX files in `data_dir` or in a folder `fashion_mnist` or `FashionMNIST/raw` \
-below it, else where Debian's package dataset-fashion-mnist puts them |
+below it; without `data_dir`, where Debian's package dataset-fashion-mnist puts them |
     | `mnist` | 60000, 10000 | IDX files in `data_dir` or in a folder `mnist` or `MNIST/raw` below it |
     | `cifar10` | 50000, 10000 | the pickles of the python version in `cifar-10-batches-py`, or cifar-10-python.tar.gz |
     | `cifar100` | 50000, 10000 | the same in `cifar-100-python`, or cifar-100-python.tar.gz; the fine labels |
@@ -140,7 +143,7 @@ below it, else where Debian's package dataset-fashion-mnist puts them |
     may also be that folder. Nothing is downloaded. Images keep the order of the files.
 
     Args:
-        data_dir: the folder to look in.
+        data_dir: the folder to look in, and nowhere else.
         held_out: "test" for all training images and the test images. With "validation" one tenth of the training
             images, stratified by class and always the same, is set aside to judge with, and the files of the test
             images are not opened. That is the one to choose settings by.

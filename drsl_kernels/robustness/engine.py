@@ -3,31 +3,49 @@
 A folder holds settings.json, last.pt (everything that going on needs), best.pt (the model of the best epoch on held-out
 training images; the test images are never loaded), metrics.csv and tensorboard/. Each file is whole or absent at every
 moment, and last.pt is written last: whatever comes after it in a run that was killed is done again, with the same
-result. Relies on `train`, `validation`, `checkpoint`, `training_logs`, `data` and `models`; `train_command` and
-`experiment` rely on it.
+result. Relies on `training_folder`, `train`, `validation`, `checkpoint`, `training_logs`, `data` and `models`;
+`train_command` and `experiment` rely on it.
 """
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import monotonic
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from drsl_kernels import __version__
 
-from .checkpoint import FORMAT, load_checkpoint, save_checkpoint
+from .checkpoint import FORMAT, save_checkpoint
 from .data import DatasetInfo, Split, dataset_info, load, noisy_labels
 from .distributed import World
+from .identity import digest_of_tensors
 from .models import make_model
 from .optimisation import learning_rate_at
 from .random_streams import deterministic, own_random_state, seed_for
-from .settings import TrainingSettings, differences
-from .storage import read_json, write_json
+from .settings import TrainingSettings
+from .storage import write_json
 from .train import EpochLog, EpochSums, make_optimizer, make_scaler, train_epoch
+from .training_folder import (
+    BEST,
+    CURVES,
+    FILES,
+    LAST,
+    METRICS,
+    SETTINGS,
+    check_folder,
+    check_images,
+    has_lost_best,
+    read_last,
+    read_settings,
+    settings_json,
+    sole_use,
+)
 from .training_logs import Curves, EpochRow, write_metrics
 from .validation import Validation, validate
 
@@ -41,16 +59,11 @@ __all__ = [
     "Outcome",
     "Progress",
     "Silent",
+    "has_lost_best",
     "read_settings",
     "run",
+    "sole_use",
 ]
-
-SETTINGS: Final = "settings.json"
-LAST: Final = "last.pt"
-BEST: Final = "best.pt"
-METRICS: Final = "metrics.csv"
-CURVES: Final = "tensorboard"
-FILES: Final = (SETTINGS, LAST, BEST, METRICS)
 
 
 class Progress(Protocol):
@@ -90,21 +103,6 @@ class Outcome:
     was_finished: bool
 
 
-def read_settings(folder: Path) -> TrainingSettings | None:
-    """The settings of the run in a folder, None if there is none.
-
-    Raises:
-        ValueError: settings.json is not what a run writes.
-    """
-    path = folder / SETTINGS
-    if not path.exists():
-        return None
-    try:
-        return TrainingSettings.from_json(read_json(path)["settings"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not hold the settings of a training run: {error}") from error
-
-
 def run(
     settings: TrainingSettings,
     folder: Path,
@@ -115,6 +113,7 @@ def run(
     checkpoint_seconds: float = 0.0,
     tensorboard: bool = True,
     progress: Progress | None = None,
+    holds_folder: bool = False,
 ) -> Outcome:
     """Train, or go on with training, until the last epoch is done.
 
@@ -128,72 +127,32 @@ def run(
             written, in the middle of an epoch, too, and at the end; for one process alone. 0 for not. Short epochs are
             not held up by writing, and of long ones little is lost.
         tensorboard: write event files, where the package tensorboard is installed.
+        holds_folder: the caller has the `sole_use` of the folder already.
 
     All images are kept on the device. The weights depend on settings, number of processes, software and type of
     machine alone: not on how often the run was interrupted and resumed, nor on when checkpoints are written.
 
     Raises:
+        BlockingIOError: another process trains in the folder.
         FileExistsError: the folder holds a run, and `resume` is False.
-        ValueError: the run in the folder has other settings; the message names them.
-        FileNotFoundError: the data are missing; the message names the files.
+        ValueError: the run in the folder has other settings or images, the message names them; or its files are
+            damaged or of several runs.
+        FileNotFoundError: the data or the model of the best epoch are missing; the message names the files.
+        OSError: a file cannot be written.
         FloatingPointError: the loss, a weight or a validation logit is not finite; the message names epoch and batch.
             last.pt and best.pt stay as they were.
     """
     world, progress = world or World(), progress or Silent()
     if checkpoint_seconds and world.size > 1:
         raise ValueError(f"checkpoint_seconds must be 0 with several processes, got {checkpoint_seconds!r}")
-    _check_folder(settings, folder, resume, world, progress)
-    with deterministic(settings.threads), own_random_state(torch.device(settings.device)):
-        training = _Training(settings, folder, world, progress, checkpoint_batches, checkpoint_seconds)
-        if resume and (folder / LAST).exists():
-            training.load(load_checkpoint(folder / LAST))
-        world.wait()  # no process writes before all have looked
-        if world.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            for unfinished in folder.glob(".unfinished-*"):
-                unfinished.unlink()
-            if not (folder / SETTINGS).exists():
-                write_json(folder / SETTINGS, _settings_json(settings, world))
-        was_finished = training.finished
-        if world.rank == 0 and training.rows:
-            write_metrics(folder / METRICS, training.rows)
-        curves = Curves(
-            folder / CURVES if tensorboard and world.rank == 0 and not was_finished else None, len(training.rows) + 1
-        )
-        if curves.missing:
-            progress.note("No TensorBoard curves: the package tensorboard is not installed.")
-        with curves:
-            while not training.finished:
-                training.epoch(curves)
-    rows = tuple(training.rows)
-    return Outcome(rows, rows[training.best_epoch - 1], was_finished)
-
-
-def _check_folder(settings: TrainingSettings, folder: Path, resume: bool, world: World, progress: Progress) -> None:
-    before = read_settings(folder)
-    if before is None:
-        if any((folder / name).exists() for name in FILES):
-            raise FileExistsError(f"{folder} holds files of a training run, but no {SETTINGS}: choose another folder")
-        return
-    if not resume:
-        raise FileExistsError(f"{folder} holds a training run: resume it, or choose another folder")
-    content = read_json(folder / SETTINGS)
-    now = _settings_json(settings, world)
-    different = differences(
-        content["settings"] | {"processes": content["processes"]}, now["settings"] | {"processes": world.size}
-    )
-    if different:
-        raise ValueError(f"cannot resume {folder} with other settings: {'; '.join(different)}")
-    if content["software"] != now["software"]:
-        progress.note(
-            f"Begun with {content['software']}, goes on with {now['software']}: the last digits may differ from those "
-            "of an undisturbed run."
-        )
-
-
-def _settings_json(settings: TrainingSettings, world: World) -> dict[str, Any]:
-    software = {"drsl_kernels": __version__, "torch": str(torch.__version__)}
-    return {"format": FORMAT, "settings": settings.as_json(), "processes": world.size, "software": software}
+    with nullcontext() if holds_folder or world.rank else sole_use(folder):
+        note = check_folder(settings, folder, resume, world)
+        if note is not None:
+            progress.note(note)
+        with deterministic(settings.threads), own_random_state(torch.device(settings.device)):
+            training = _Training(settings, folder, world, progress, checkpoint_batches, checkpoint_seconds)
+            training.prepare()
+            return training.go_on(tensorboard)
 
 
 @dataclass
@@ -226,7 +185,37 @@ class _Training:
         self.scaler = make_scaler(settings.recipe, device)
         self.order = torch.Generator().manual_seed(settings.seed)
         self.batches = -(-len(self.split.train_y) // settings.recipe.batch_size)
+        _check_single_image(self.model, self.split.train_x, settings, self.world)
         self.written = monotonic()
+
+    def prepare(self) -> None:
+        """Stand where the run in the folder stands, or begin it."""
+        images = digest_of_tensors(*(part.cpu() for part in self.split.tensors()))
+        check_images(self.folder, images)
+        if (self.folder / LAST).exists():
+            self.load(read_last(self.folder, self.settings))
+        self.world.wait()  # no process writes before all have looked
+        if self.world.rank:
+            return
+        for unfinished in self.folder.glob(".unfinished-*"):
+            unfinished.unlink()
+        if not (self.folder / SETTINGS).exists():
+            write_json(self.folder / SETTINGS, settings_json(self.settings, self.world, images))
+
+    def go_on(self, tensorboard: bool) -> Outcome:
+        """Train until the last epoch is done."""
+        writes, was_finished = self.world.rank == 0, self.finished
+        if writes and self.rows:
+            write_metrics(self.folder / METRICS, self.rows)
+        place = self.folder / CURVES if tensorboard and writes and not was_finished else None
+        curves = Curves(place, len(self.rows) + 1)
+        if curves.missing:
+            self.progress.note("No TensorBoard curves: the package tensorboard is not installed.")
+        with curves:
+            while not self.finished:
+                self.epoch(curves)
+        rows = tuple(self.rows)
+        return Outcome(rows, rows[self.best_epoch - 1], was_finished)
 
     @property
     def finished(self) -> bool:
@@ -355,6 +344,22 @@ def _load(settings: TrainingSettings, info: DatasetInfo) -> Split:
     if rate:
         train_y = noisy_labels(train_y, rate, classes=info.classes, seed=seed_for(settings.seed, "label noise"))
     return Split(split.train_x, train_y, split.held_out_x, split.held_out_y).to(settings.device)
+
+
+def _check_single_image(model: nn.Module, x: Tensor, settings: TrainingSettings, world: World) -> None:
+    """Batch normalisation at a single pixel has no variance in a batch of one image: found before the work."""
+    size = settings.recipe.batch_size
+    batches = {min(size, len(x)), len(x) % size}
+    if not any(len(world.part(torch.empty(images))) == 1 for images in batches):
+        return
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model).to("meta").train()(x[:1].to("meta"))
+    except ValueError as error:
+        raise ValueError(
+            f"batch_size must be such that no batch, nor a process's part of one, is of a single image, with which "
+            f"{settings.model} cannot be trained; got {size} with {len(x)} images: {error}"
+        ) from error
 
 
 def _row(log: EpochLog, validation: Validation, learning_rate: float) -> EpochRow:

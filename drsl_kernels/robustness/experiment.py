@@ -156,6 +156,7 @@ def compare(
         FloatingPointError: training or a model gives NaN.
         FileNotFoundError: the data are missing.
         FileExistsError, ValueError: a run's folder holds something that training cannot go on from.
+        BlockingIOError: another process makes the same run.
     """
     training = settings.training
     x, y = _images_to_judge_with(settings)
@@ -168,16 +169,11 @@ def compare(
             place = run_folder(folder, loss, seed)
             run = _Run(settings, loss, seed, place, images, progress)
             progress.begin_run(f"{loss}, seed {seed}", run.steps())
-            run.make_way(fresh)
+            result, found, was_judged = run.outcome(x, y, fresh)
+            reused += was_judged
+            runs.append(result)
+            checks.append(found)
             threads.append(run.training.threads)
-            with _on_threads(run.training.threads):
-                result = run.judged()
-                if result is None:
-                    result = run.judge(x, y)
-                else:
-                    reused += 1
-                runs.append(result)
-                checks.append(tuple(run.check(result, x, y)))
             progress.end_run()
     progress.begin_timing()
     times, timed = _time(settings, losses, seeds[0], progress)
@@ -217,21 +213,45 @@ class _Run:
         checks = count_checks(self.settings.judging) if self.settings.check_images else 0
         return self.training.recipe.epochs + self.settings.judging.starts() + checks
 
-    def make_way(self, fresh: bool) -> None:
-        """Empty the folder of a run that was made with other settings, or of any.
+    def outcome(self, x: Tensor, y: Tensor, fresh: bool) -> tuple[RunResult, tuple[Check, ...], bool]:
+        """What judging and the checks find, and whether judging had found it before.
 
-        A number of CPU threads is no such setting: where it is not given it follows the machine, and it changes last
+        While there is something to do the folder is this process's own; what is finished any number may read.
+        """
+        if not fresh and self.obstacle() is None:
+            result = self.judged()
+            checks = None if result is None else self.checked(result)
+            if result is not None and checks is not None:
+                return result, checks, True
+        with engine.sole_use(self.folder):
+            self.make_way(fresh)
+            with _on_threads(self.training.threads):
+                judged = self.judged()
+                result = judged or self.judge(x, y)
+                return result, self.check(result, x, y), judged is not None
+
+    def obstacle(self) -> str | None:
+        """Why the run in the folder cannot be used, in words.
+
+        A number of CPU threads is no such reason: where it is not given it follows the machine, and it changes last
         digits alone. A run goes on, and is judged, with the number that it began with.
         """
+        before = engine.read_settings(self.folder)
+        if before is None:
+            return None
+        self.training = replace(self.training, threads=before.threads)
+        different = differences(before.as_json(), self.training.as_json())
+        if different:
+            return f"was made with other settings and is made anew: {'; '.join(different)}"
+        return f"has lost {engine.BEST} and is made anew" if engine.has_lost_best(self.folder) else None
+
+    def make_way(self, fresh: bool) -> None:
+        """Empty the folder of a run that cannot be used, or of any."""
         if not fresh:
-            before = engine.read_settings(self.folder)
-            if before is None:
+            obstacle = self.obstacle()
+            if obstacle is None:
                 return
-            self.training = replace(self.training, threads=before.threads)
-            different = differences(before.as_json(), self.training.as_json())
-            if not different:
-                return
-            self.progress.note(f"{self.folder} was made with other settings and is made anew: {'; '.join(different)}")
+            self.progress.note(f"{self.folder} {obstacle}")
         # The settings go last: if this is interrupted, the next attempt finds that they are others.
         for name in (CHECKS, JUDGED, engine.LAST, engine.BEST, engine.METRICS, engine.SETTINGS):
             (self.folder / name).unlink(missing_ok=True)
@@ -252,6 +272,7 @@ class _Run:
             tensorboard=False,
             checkpoint_seconds=_CHECKPOINT_SECONDS,
             progress=_Epochs(self.progress),
+            holds_folder=True,
         )
         result = judge(
             self._model(),
@@ -268,21 +289,29 @@ class _Run:
         save_result(self.folder / JUDGED, self._identity(), result)
         return result
 
-    def check(self, result: RunResult, x: Tensor, y: Tensor) -> list[Check]:
+    def checked(self, result: RunResult) -> tuple[Check, ...] | None:
+        """The masking checks, if those that look at the model have been made."""
+        if not self.settings.check_images:
+            return ()
+        found = load_checks(self.folder / CHECKS, self._checks_identity())
+        return None if found is None else (*found, *checks_of_cascade(result, self.settings.judging))
+
+    def check(self, result: RunResult, x: Tensor, y: Tensor) -> tuple[Check, ...]:
         """The masking checks, of the first images; of those that look at the model what was found before is used."""
+        found = self.checked(result)
+        if found is not None:
+            return found
         judging, few = self.settings.judging, self.settings.check_images
-        if not few:
-            return []
-        identity = self._identity() | {"checks_revision": _CHECKS_REVISION, "check_images": few}
-        found = load_checks(self.folder / CHECKS, identity)
-        if found is None:
-            made = []
-            for check in check_model(self._model(), x[:few], y[:few], judging, seed=self.seed):
-                made.append(check)
-                self.progress.step(f"checking {check.name}")
-            found = tuple(made)
-            save_checks(self.folder / CHECKS, identity, found)
-        return [*found, *checks_of_cascade(result, judging)]
+        made = []
+        for check in check_model(self._model(), x[:few], y[:few], judging, seed=self.seed):
+            made.append(check)
+            self.progress.step(f"checking {check.name}")
+        save_checks(self.folder / CHECKS, self._checks_identity(), made)
+        return (*made, *checks_of_cascade(result, judging))
+
+    def _checks_identity(self) -> dict[str, Any]:
+        checks = {"checks_revision": _CHECKS_REVISION, "check_images": self.settings.check_images}
+        return self._identity() | checks
 
     def _model(self) -> nn.Module:
         return load_model(self.folder / engine.BEST, device=self.training.device).model

@@ -32,7 +32,7 @@ _FOLDERS: Final = {
     "mnist": ("mnist", "MNIST/raw", ""),
 }
 _ADVICE: Final = {
-    "fashion_mnist": "Debian and Ubuntu: apt install dataset-fashion-mnist. "
+    "fashion_mnist": "Debian and Ubuntu: apt install dataset-fashion-mnist, and name no folder. "
     "Elsewhere: https://github.com/zalandoresearch/fashion-mnist",
     "mnist": "They are at https://ossci-datasets.s3.amazonaws.com/mnist/, from where torchvision has them.",
 }
@@ -74,7 +74,8 @@ def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
 def read_idx_dataset(
     name: str, data_dir: Path | None, parts: Sequence[str], *, shape: tuple[int, int, int], classes: int
 ) -> list[LabelledImages]:
-    """The parts, "train" or "test", of "mnist" or "fashion_mnist", from the first folder that holds all their files.
+    """The parts, "train" or "test", of "mnist" or "fashion_mnist", from the first folder that holds all their files: in
+    `data_dir` where it is given, else where Debian has them.
 
     Raises:
         FileNotFoundError: no folder does.
@@ -82,7 +83,7 @@ def read_idx_dataset(
     """
     names = [file for part in parts for file in _file_names(part)]
     folders = [] if data_dir is None else [data_dir / folder for folder in _FOLDERS[name]]
-    if name == "fashion_mnist":
+    if name == "fashion_mnist" and data_dir is None:
         folders.append(DEBIAN_FASHION_MNIST)
     found = (find_files(folder, names, _SUFFIXES) for folder in folders)
     paths = next((paths for paths in found if paths is not None), None)

@@ -16,13 +16,25 @@ from torch import Tensor
 from drsl_kernels import softmax_loss
 from drsl_kernels.spec import DISTANCES, Distance, Truth
 
-__all__ = ["ALL_LOSSES", "BASELINE", "DEFAULT_TAUS", "LOSS_NAMES", "SMOOTHED", "TRUTHS", "BatchResult", "TrainingLoss"]
+__all__ = [
+    "ALL_LOSSES",
+    "BASELINE",
+    "DEFAULT_TAUS",
+    "LOSS_NAMES",
+    "SMOOTHED",
+    "TRUTHS",
+    "TRUTHS_IN_WORDS",
+    "BatchResult",
+    "TrainingLoss",
+]
 
 BASELINE: Final = "ce"
 LOSS_NAMES: Final[tuple[str, ...]] = (BASELINE, *DISTANCES)
 
-# Losses without a penalty that take the place of cross-entropy, made for labels that are partly wrong.
-TRUTHS: Final = ("gce", "mae")
+# Losses without a penalty that take the place of cross-entropy: two made for labels that are partly wrong, and one that
+# has no lower bound, so that its gradient does not vanish however sure the model is.
+TRUTHS: Final = ("gce", "mae", "log_odds")
+TRUTHS_IN_WORDS: Final = "gce and mae are made for noisy labels, log_odds never saturates"
 
 # Cross-entropy with smoothed labels: the usual remedy for a classifier that is too sure of itself, to compare with.
 SMOOTHED: Final = "label_smoothing"
@@ -69,7 +81,8 @@ class BatchResult(NamedTuple):
 class TrainingLoss:
     """A loss to train with, averaged over the batch: "ce" is `torch.nn.functional.cross_entropy`; the name of a
     distance of `drsl_kernels.fused_drsl_loss` is cross-entropy plus tau times that distance; "label_smoothing" is
-    cross-entropy with labels smoothed by tau; "gce" (q = 0.7) and "mae" are those of `drsl_kernels.softmax_loss`.
+    cross-entropy with labels smoothed by tau; "gce" (q = 0.7), "mae" and "log_odds" are those of
+    `drsl_kernels.softmax_loss`.
 
     Raises:
         ValueError: an unknown name, tau not finite or negative, a tau of 1 or more for label smoothing, or a tau other
@@ -118,7 +131,7 @@ class TrainingLoss:
         """logits (N, C), y (N,) -> the mean loss and the sums of the log.
 
         `label_smoothing`, as in `F.cross_entropy`, changes the loss and not the cross-entropy of the log. ValueError
-        where it is not 0 and the loss is not defined with it ("gce", "mae"), or smooths labels itself.
+        where it is not 0 and the loss is not defined with it (`TRUTHS`), or smooths labels itself.
         """
         label_smoothing = self.smoothing(label_smoothing)
         if self.name in (BASELINE, SMOOTHED):

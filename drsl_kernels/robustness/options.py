@@ -12,7 +12,7 @@ import click
 from .attack_names import canonical_names
 from .losses import TrainingLoss
 
-__all__ = ["Attacks", "Decorator", "Distance", "Folder", "Names", "Radii", "Tau"]
+__all__ = ["Attacks", "Decorator", "Distance", "Folder", "Names", "Radii", "Tau", "check_radius"]
 
 # A click that knows the type of a parameter's value is newer than the oldest that is supported.
 if TYPE_CHECKING:
@@ -83,8 +83,15 @@ class Radii(_ParamType):
         return radius
 
 
+def check_radius(radius: float, norm: str, option: str) -> None:
+    """Refuse a radius or a step that is larger than the distance between any two images, pixels being from 0 to 1."""
+    largest, why = (1.0, "as pixels are") if norm == "linf" else (1e6, "no two images are as far apart")
+    if radius > largest:
+        raise click.BadParameter(f"'{radius:g}' is not from 0 to {largest:g}, {why}", param_hint=option)
+
+
 class Distance(Radii):
-    """One number or fraction from 0 to 1."""
+    """One number or fraction from 0 to `largest`."""
 
     name = "number"
 

@@ -44,6 +44,9 @@ METHODS: Final[tuple[str, ...]] = get_args(Method)
 CRAFT_MODES: Final[tuple[str, ...]] = get_args(CraftMode)
 INNER_LOSSES: Final[tuple[str, ...]] = get_args(InnerLoss)
 
+# Optimizers make products of these numbers and weights; float32 must hold them.
+_TOO_LARGE: Final = 1e30
+
 # The mode in which each paper's code crafts its examples.
 _MODE_OF: Final[dict[str, CraftMode]] = {"madry": "train", "trades": "eval"}
 
@@ -142,9 +145,9 @@ class Recipe:
     def __post_init__(self) -> None:
         _check_integer("epochs", self.epochs, 1)
         _check_integer("batch_size", self.batch_size, 1)
-        _check_range("learning_rate", self.learning_rate, above=0)
+        _check_range("learning_rate", self.learning_rate, above=0, below=_TOO_LARGE)
         _check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        _check_range("weight_decay", self.weight_decay, least=0)
+        _check_range("weight_decay", self.weight_decay, least=0, below=_TOO_LARGE)
         _check_range("momentum", self.momentum, least=0, below=1)
         _check_choice("schedule", self.schedule, SCHEDULES)
         _check_range("warmup_epochs", self.warmup_epochs, least=0, below=self.epochs)

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,8 +19,8 @@ from .balls import NORMS
 from .command_parts import check_device, fix_cublas, keep_freed_memory
 from .distributed import joined_world
 from .engine import BEST, Outcome, read_settings, run
-from .losses import ALL_LOSSES, BASELINE, SMOOTHED, TRUTHS, TrainingLoss
-from .options import Distance, Folder
+from .losses import ALL_LOSSES, BASELINE, SMOOTHED, TRUTHS_IN_WORDS, TrainingLoss
+from .options import Distance, Folder, check_radius
 from .recipe import AUGMENTATIONS, CRAFT_MODES, INNER_LOSSES, OPTIMIZERS, SCHEDULES
 from .settings import TrainingSettings, default_tau
 from .training_logs import EpochRow
@@ -39,6 +41,14 @@ from .training_options import (
 )
 
 __all__ = ["train_command"]
+
+# Options that do something only together with another one, and whether they do.
+_NEEDS: Final[dict[str, tuple[str, Callable[[TrainingSettings], bool]]]] = {
+    "momentum": ("--optimizer sgd", lambda settings: settings.recipe.optimizer == "sgd"),
+    "robust_images": ("--adversarial madry or trades", lambda settings: _method(settings) is not None),
+    "inner_loss": ("--adversarial madry", lambda settings: _method(settings) == "madry"),
+    "beta": ("--adversarial trades", lambda settings: _method(settings) == "trades"),
+}
 
 _OF_RUN: Final = ("model", "seed", "device", "threads", "samples", "robust_images", "data_dir")
 
@@ -65,8 +75,8 @@ class _Milestones(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     "--loss",
     "loss_name",
     type=click.Choice(ALL_LOSSES),
-    help=f"{BASELINE} is cross-entropy alone, {SMOOTHED} the same with labels smoothed by tau, {' and '.join(TRUTHS)} "
-    "are made for noisy labels; any other is cross-entropy plus tau times the distance of that name.  "
+    help=f"{BASELINE} is cross-entropy alone, {SMOOTHED} the same with labels smoothed by tau, {TRUTHS_IN_WORDS}; "
+    "any other is cross-entropy plus tau times the distance of that name.  "
     f"[default: {BASELINE}]",
 )
 @click.option(
@@ -89,8 +99,14 @@ class _Milestones(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 @click.option("--augmentation", type=click.Choice(AUGMENTATIONS), help="Random crops (4 pixels) and mirror images.")
 @amp_option
 @adversarial_option
-@click.option("--eps", type=Distance(), help="Radius of the attack, pixels being from 0 to 1; 8/255 will do.")
-@click.option("--alpha", type=Distance(), help="Step size of the attack.")
+@click.option(
+    "--eps",
+    type=Distance(math.inf),
+    help="Radius of the attack, pixels being from 0 to 1, in --norm; 8/255 will do.",
+)
+@click.option(
+    "--alpha", type=Distance(math.inf), help="Step size of the attack.  [default in l2: 2.5 eps over all steps]"
+)
 @click.option("--steps", type=click.IntRange(min=1), help="Steps of the attack.")
 @click.option("--norm", type=click.Choice(NORMS), help="Of the attack.  [default: linf]")
 @click.option("--random-start/--no-random-start", default=None, help="Where attacks begin.  [default: random]")
@@ -139,6 +155,7 @@ def train_command(out: Path, resume: bool, checkpoint_batches: int | None, tenso
       fashion_mnist            small_cnn  adam 0.001, cosine, 20 epochs              eps 0.1, 10 steps
       cifar10, cifar100        resnet18   sgd 0.1, weight decay 5e-4, cosine,        eps 8/255, 10 steps
                                           100 epochs, crop_flip
+      all of them              --norm l2                                             eps 0.5, 10 steps
 
     \b
     Examples:
@@ -177,13 +194,40 @@ def _settings(out: Path, resume: bool, given: dict[str, Any]) -> TrainingSetting
         raise click.UsageError(f"{out} holds no training run to resume; to begin one there, give --dataset")
     if begun is None:
         begun = suited_to(given.get("dataset", "digits"))
-    return dataclasses.replace(
+    _check_radii(begun, given)
+    settings = dataclasses.replace(
         begun,
         dataset=given.get("dataset", begun.dataset),
         loss=_loss(begun.loss, given),
         recipe=changed_recipe(begun, given),
         **{name: given[name] for name in _OF_RUN if name in given},
     )
+    _refuse_unused(settings, given)
+    return settings
+
+
+def _check_radii(begun: TrainingSettings, given: dict[str, Any]) -> None:
+    adversarial = begun.recipe.adversarial
+    norm = given.get("norm", adversarial.norm if adversarial else NORMS[0])
+    for option in ("eps", "alpha"):
+        check_radius(given.get(option, 0.0), norm, f"--{option}")
+
+
+def _refuse_unused(settings: TrainingSettings, given: dict[str, Any]) -> None:
+    """Refuse what would do nothing: whoever gives it believes that it does something."""
+    for option, (needed, is_used) in _NEEDS.items():
+        if option in given and not is_used(settings):
+            raise click.UsageError(f"--{option.replace('_', '-')} needs {needed}")
+    if given.get("milestones", (0,))[-1] >= settings.recipe.epochs:
+        raise click.BadParameter(
+            f"{given['milestones'][-1]} is not before the last of {settings.recipe.epochs} epochs",
+            param_hint="--milestones",
+        )
+
+
+def _method(settings: TrainingSettings) -> str | None:
+    adversarial = settings.recipe.adversarial
+    return None if adversarial is None else adversarial.method
 
 
 def _loss(begun: TrainingLoss, given: dict[str, Any]) -> TrainingLoss:

@@ -97,14 +97,18 @@ def changed_recipe(begun: TrainingSettings, given: dict[str, Any], *, prefix: st
         changes.setdefault("milestones", ())
     adversarial = begun.recipe.adversarial
     method = given.get("adversarial", adversarial.method if adversarial else _NONE)
+    norm = given.get("norm", adversarial.norm if adversarial else "linf")
     attack = {field: given[option] for option, field in _OF_ATTACK.items() if option in given}
     if method == _NONE:
         if attack:
             option = next(option for option in _OF_ATTACK if option in given).replace("_", "-")
             raise click.UsageError(f"--{prefix}{option} needs --adversarial madry or trades")
         adversarial = None
-    elif adversarial is None or adversarial.method != method:
-        adversarial = default_attack(given.get("dataset", begun.dataset), method)
+    elif adversarial is None or (adversarial.method, adversarial.norm) != (method, norm):
+        adversarial = default_attack(given.get("dataset", begun.dataset), method, norm)
+        if norm == "l2" and "alpha" not in attack:
+            usual = attack.get("eps", adversarial.eps) / adversarial.eps * adversarial.steps
+            attack["alpha"] = adversarial.alpha * usual / attack.get("steps", adversarial.steps)
     if adversarial is not None:
         adversarial = dataclasses.replace(adversarial, **attack)
     return dataclasses.replace(begun.recipe, **changes, adversarial=adversarial)
