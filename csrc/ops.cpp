@@ -37,7 +37,7 @@ Tensor reference_loss(const Tensor& logits, const Tensor& y, const Tensor& weigh
 
 constexpr int64_t kCheapElements = 16384;  // a pass over so many takes less than the call around it
 
-// Half precision has too little range to hold the gradient of a mean before it is scaled (by a loss scale of 2^16, say), so
+// Half precision has too little range to hold the gradient of a mean before it is scaled (by a loss scale of 2^16, say):
 // it is computed when the scale is known; but not where computing it twice costs next to nothing. On a device the same
 // holds for any half precision, and for losses per row: their upstream gradients are rarely all 1, and a gradient
 // computed too early is computed twice.
