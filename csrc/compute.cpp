@@ -61,7 +61,8 @@ void check_plain(const Tensor& t, at::Device device, const char* name) {
               " must be a dense tensor on ", device, ", got ", t.toString(), " on ", t.device());
 }
 
-void check_shapes(const Tensor& logits, const Tensor& y, const Tensor& weight, const Tensor& tau, bool soft) {
+void check_shapes(const Tensor& logits, const Tensor& y, const Tensor& weight, const Tensor& margins, const Tensor& tau,
+                  bool soft) {
   const at::Device device = logits.device();
   check_plain(logits, device, "logits");
   check_plain(y, device, "y");
@@ -82,6 +83,12 @@ void check_shapes(const Tensor& logits, const Tensor& y, const Tensor& weight, c
     TORCH_CHECK(weight.dim() == (soft ? 2 : 1) && weight.size(-1) == classes && weight.is_floating_point() &&
                     (!soft || weight.size(0) == y.numel()),
                 "weight has shape ", weight.sizes());
+  }
+  if (margins.defined()) {
+    check_plain(margins, device, "margin");
+    TORCH_CHECK(!soft && margins.dim() == 1 && margins.size(0) == logits.size(class_dim(logits)) &&
+                    margins.is_floating_point(),
+                "margin has shape ", margins.sizes());
   }
   if (tau.defined()) {
     check_plain(tau, tau.dim() == 0 && tau.is_cpu() ? tau.device() : device, "tau");
@@ -202,7 +209,7 @@ Tensor to_accumulator(const Tensor& t, at::ScalarType type) {
 
 // Where the rows and everything that is read or written lie, but for what depends on the device.
 struct Inputs {
-  Tensor logits, y, weight, tau, upstream;
+  Tensor logits, y, weight, margins, tau, upstream;
   at::ScalarType acc;
   bool penalised;
 };
@@ -215,7 +222,9 @@ Task make_task(const Inputs& in, const Config& config, const Wanted& wanted, con
   task.distance = config.distance;
   if (!in.penalised && !wanted.stats && !wanted.tau_grad) task.distance = Distance::none;
   if (wanted.stats && task.distance == Distance::none) task.distance = Distance::uniform;
+  task.activation = config.activation;
   task.q = config.q;
+  task.threshold = config.threshold;
   task.scale = config.scale;
   task.margin = config.margin;
   task.smoothing = config.label_smoothing;
@@ -231,6 +240,7 @@ Task make_task(const Inputs& in, const Config& config, const Wanted& wanted, con
   task.logits = in.logits.const_data_ptr();
   task.labels = in.y.const_data_ptr<int64_t>();
   task.class_weights = read(in.weight);
+  task.class_margins = read(in.margins);
   task.tau = in.penalised ? config.tau_value : 0;
   task.tau_rows = in.penalised ? read(in.tau) : nullptr;
   task.tau_stride = step(in.tau);
@@ -365,15 +375,16 @@ double single_value(const Tensor& t) {
   return t.detach().as_strided({}, {}, t.storage_offset()).to(at::kDouble).item<double>();
 }
 
-Result compute(const Tensor& logits_in, const Tensor& y_in, const Tensor& weight_in, const Tensor& tau_in,
-               const Config& config_in, const Wanted& wanted, const Later& later) {
-  check_shapes(logits_in, y_in, weight_in, tau_in, config_in.soft);
+Result compute(const Tensor& logits_in, const Tensor& y_in, const Tensor& weight_in, const Tensor& margins_in,
+               const Tensor& tau_in, const Config& config_in, const Wanted& wanted, const Later& later) {
+  check_shapes(logits_in, y_in, weight_in, margins_in, tau_in, config_in.soft);
   Config config = config_in;
   Inputs in;
   in.logits = in_memory(logits_in);
   in.acc = accumulator_type(in.logits);
   in.y = in_memory(y_in).to(at::kLong).contiguous();
   in.weight = to_accumulator(weight_in, in.acc);
+  in.margins = to_accumulator(margins_in, in.acc);
   in.upstream = to_accumulator(later.upstream, in.acc);
   // One value that the host holds is passed as such, one on a device stays there.
   const bool tau_on_host = tau_in.defined() && tau_in.dim() == 0 && tau_in.is_cpu();
@@ -381,8 +392,11 @@ Result compute(const Tensor& logits_in, const Tensor& y_in, const Tensor& weight
   else in.tau = to_accumulator(tau_in, in.acc);
   const bool device = on_device(in.logits);
   TORCH_CHECK_VALUE(std::isfinite(config.tau_value), "tau is ", config.tau_value);
-  TORCH_CHECK_VALUE(!in.tau.defined() || !in.tau.is_cpu() || at::isfinite(tau_in).all().item<bool>(),
-                    "tau has a value that is not finite");
+  const auto plain_values = [](const Tensor& t) {
+    return !t.defined() || !t.is_cpu() || at::isfinite(t).all().item<bool>();
+  };
+  TORCH_CHECK_VALUE(plain_values(in.tau), "tau has a value that is not finite");
+  TORCH_CHECK_VALUE(plain_values(in.margins), "margin has a value that is not finite");
   in.penalised = config.distance != Distance::none && (in.tau.defined() || config.tau_value != 0);
   TORCH_CHECK(in.logits.size(class_dim(in.logits)) <= std::numeric_limits<int32_t>::max(),
               "more than 2^31 - 1 classes");

@@ -19,6 +19,8 @@ struct Config {
   int64_t ignore_index;
   Reduction reduction;
   double label_smoothing;
+  double threshold;
+  Activation activation;
   bool soft;  // class probabilities: y and weight are the labels and weights of a SoftTarget (drsl_kernels/targets.py)
   double tau_value;  // where no tau tensor is given
 };
@@ -48,10 +50,10 @@ bool on_device(const at::Tensor& t);
 // The value of a tensor whose elements are all the same one (an expanded scalar, say).
 double single_value(const at::Tensor& t);
 
-// Whatever is wanted.
+// Whatever is wanted. `margins` (classes,), if defined, are the classes' own in place of config.margin.
 // Arguments are only checked for what would be unsafe: Python turns a failed check into an error that names the
 // argument and its value (drsl_kernels/spec.py).
-Result compute(const at::Tensor& logits, const at::Tensor& y, const at::Tensor& weight, const at::Tensor& tau,
-               const Config& config, const Wanted& wanted, const Later& later = {});
+Result compute(const at::Tensor& logits, const at::Tensor& y, const at::Tensor& weight, const at::Tensor& margins,
+               const at::Tensor& tau, const Config& config, const Wanted& wanted, const Later& later = {});
 
 }  // namespace drsl

@@ -22,17 +22,19 @@ namespace {
 using at::Tensor;
 
 // The loss in plain PyTorch (registered from Python), through which second derivatives go.
-Tensor reference_loss(const Tensor& logits, const Tensor& y, const Tensor& weight, const Tensor& tau,
-                      const Config& config) {
+Tensor reference_loss(const Tensor& logits, const Tensor& y, const Tensor& weight, const Tensor& margins,
+                      const Tensor& tau, const Config& config) {
   static const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("drsl_kernels::reference_loss", "")
           .typed<Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&,
-                        double, int64_t, double, int64_t, double, double, int64_t, int64_t, double, bool)>();
+                        const std::optional<Tensor>&, double, int64_t, double, int64_t, double, double, int64_t,
+                        int64_t, double, bool, double, int64_t)>();
   const auto optional = [](const Tensor& t) { return t.defined() ? std::optional<Tensor>(t) : std::nullopt; };
-  return op.call(logits, y, optional(weight), optional(tau), config.tau_value, static_cast<int64_t>(config.truth),
-                 config.q, static_cast<int64_t>(config.distance), config.scale, config.margin, config.ignore_index,
-                 static_cast<int64_t>(config.reduction), config.label_smoothing, config.soft);
+  return op.call(logits, y, optional(weight), optional(margins), optional(tau), config.tau_value,
+                 static_cast<int64_t>(config.truth), config.q, static_cast<int64_t>(config.distance), config.scale,
+                 config.margin, config.ignore_index, static_cast<int64_t>(config.reduction), config.label_smoothing,
+                 config.soft, config.threshold, static_cast<int64_t>(config.activation));
 }
 
 constexpr int64_t kCheapElements = 16384;  // a pass over so many takes less than the call around it
@@ -49,6 +51,7 @@ bool gradient_waits(const Tensor& logits, const Config& config) {
 
 // Whether a gradient may have to be computed later: one that was rounded to half precision is not scaled.
 bool saves(const Tensor& logits, const Config& config) {
+  if (!on_device(logits) && config.activation != Activation::softmax) return false;
   return on_device(logits) ? gradient_waits(logits, config) : logits.scalar_type() == at::kHalf;
 }
 
@@ -84,7 +87,7 @@ class Once {
 
 struct SoftmaxLossBackward : torch::autograd::Node {
   Config config;
-  torch::autograd::SavedVariable logits, y, weight, tau;
+  torch::autograd::SavedVariable logits, y, weight, margins, tau;
   Tensor grad;  // d loss / d logits for an upstream gradient of 1, until handed over
   Tensor tau_grad;  // d row loss / d tau, per row, before the reduction
   double grad_scale = 1;
@@ -100,6 +103,7 @@ struct SoftmaxLossBackward : torch::autograd::Node {
     logits.reset_data();
     y.reset_data();
     weight.reset_data();
+    margins.reset_data();
     tau.reset_data();
     grad.reset();
     tau_grad.reset();
@@ -144,7 +148,7 @@ struct SoftmaxLossBackward : torch::autograd::Node {
     Wanted wanted;
     wanted.grad = true;
     const Later later{upstream, denominator, saved, std::move(buffer)};
-    return compute(logits.unpack(), target(), weight.unpack(), like(), config, wanted, later).grad;
+    return compute(logits.unpack(), target(), weight.unpack(), margins.unpack(), like(), config, wanted, later).grad;
   }
 
   // The buffer itself where nobody needs it again, a copy where a later backward pass will.
@@ -164,7 +168,7 @@ struct SoftmaxLossBackward : torch::autograd::Node {
     const bool create_graph = at::GradMode::is_enabled();
     at::AutoGradMode record(true);
     const Tensor z = logits.unpack(), t = tau.unpack();
-    const Tensor loss = reference_loss(z, y.unpack(), weight.unpack(), t, config);
+    const Tensor loss = reference_loss(z, y.unpack(), weight.unpack(), margins.unpack(), t, config);
     torch::autograd::variable_list inputs, grads(num_outputs());
     if (task_should_compute_output(0)) inputs.push_back(z);
     const bool with_tau = grads.size() > 1 && task_should_compute_output(1);
@@ -186,9 +190,12 @@ auto make_node() {
 }  // namespace
 
 Config make_config(double tau_value, int64_t truth, double q, int64_t distance, double scale, double margin,
-                   int64_t ignore_index, int64_t reduction, double label_smoothing, bool soft) {
+                   int64_t ignore_index, int64_t reduction, double label_smoothing, bool soft, double threshold,
+                   int64_t activation) {
   TORCH_CHECK(truth >= 0 && truth <= static_cast<int64_t>(Truth::log_odds), "truth has code ", truth);
   TORCH_CHECK(distance >= 0 && distance <= static_cast<int64_t>(Distance::kl_softmax), "distance has code ", distance);
+  TORCH_CHECK(activation >= 0 && activation <= static_cast<int64_t>(Activation::sigsoftmax), "activation has code ",
+              activation);
   TORCH_CHECK(reduction >= 0 && reduction <= static_cast<int64_t>(Reduction::sum), "reduction has code ", reduction);
   return {static_cast<Truth>(truth),
           q,
@@ -198,25 +205,29 @@ Config make_config(double tau_value, int64_t truth, double q, int64_t distance, 
           ignore_index,
           static_cast<Reduction>(reduction),
           label_smoothing,
+          threshold,
+          static_cast<Activation>(activation),
           soft,
           tau_value};
 }
 
-std::tuple<Tensor, Tensor> softmax_loss(const Tensor& logits, const Tensor& y, const Tensor& weight, const Tensor& tau,
-                                        const Config& config, bool return_stats) {
+std::tuple<Tensor, Tensor> softmax_loss(const Tensor& logits, const Tensor& y, const Tensor& weight,
+                                        const Tensor& margins, const Tensor& tau, const Config& config,
+                                        bool return_stats) {
   const bool for_logits = at::GradMode::is_enabled() && logits.requires_grad();
   const bool for_tau = at::GradMode::is_enabled() && tau.defined() && tau.requires_grad();
 
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   const bool waits = gradient_waits(logits, config);
   const Wanted wanted{true, for_logits && !waits, for_tau, return_stats, for_logits && saves(logits, config)};
-  Result result = compute(logits, y, weight, tau, config, wanted);
+  Result result = compute(logits, y, weight, margins, tau, config, wanted);
   if (for_logits || for_tau) {
     auto node = make_node<SoftmaxLossBackward>();
     node->config = config;
     node->logits = torch::autograd::SavedVariable(logits, false);
     node->y = torch::autograd::SavedVariable(y, false);
     node->weight = torch::autograd::SavedVariable(weight, false);
+    node->margins = torch::autograd::SavedVariable(margins, false);
     node->tau = torch::autograd::SavedVariable(tau, false);
     node->grad = std::move(result.grad);
     node->tau_grad = std::move(result.tau_grad);
@@ -235,13 +246,16 @@ std::tuple<Tensor, Tensor> softmax_loss(const Tensor& logits, const Tensor& y, c
 namespace {
 
 std::tuple<Tensor, Tensor> softmax_loss_operator(const Tensor& logits, const Tensor& y,
-                                                 const std::optional<Tensor>& weight, const std::optional<Tensor>& tau,
+                                                 const std::optional<Tensor>& weight,
+                                                 const std::optional<Tensor>& margins, const std::optional<Tensor>& tau,
                                                  double tau_value, int64_t truth, double q, int64_t distance,
                                                  double scale, double margin, int64_t ignore_index, int64_t reduction,
-                                                 double label_smoothing, bool soft, bool return_stats) {
-  const Config config =
-      make_config(tau_value, truth, q, distance, scale, margin, ignore_index, reduction, label_smoothing, soft);
-  return softmax_loss(logits, y, weight.value_or(Tensor()), tau.value_or(Tensor()), config, return_stats);
+                                                 double label_smoothing, bool soft, double threshold,
+                                                 int64_t activation, bool return_stats) {
+  const Config config = make_config(tau_value, truth, q, distance, scale, margin, ignore_index, reduction,
+                                    label_smoothing, soft, threshold, activation);
+  return softmax_loss(logits, y, weight.value_or(Tensor()), margins.value_or(Tensor()), tau.value_or(Tensor()), config,
+                      return_stats);
 }
 
 }  // namespace
@@ -256,9 +270,9 @@ std::tuple<Tensor, Tensor> softmax_loss_operator(const Tensor& logits, const Ten
 
 DRSL_DEFINE(DRSL_LIBRARY, m) {
   m.def(
-      "softmax_loss(Tensor logits, Tensor y, Tensor? weight, Tensor? tau, float tau_value, int truth, float q, "
-      "int distance, float scale, float margin, int ignore_index, int reduction, float label_smoothing, "
-      "bool soft, bool return_stats) -> (Tensor, Tensor)");
+      "softmax_loss(Tensor logits, Tensor y, Tensor? weight, Tensor? margins, Tensor? tau, float tau_value, int truth, "
+      "float q, int distance, float scale, float margin, int ignore_index, int reduction, float label_smoothing, "
+      "bool soft, float threshold, int activation, bool return_stats) -> (Tensor, Tensor)");
 }
 
 DRSL_IMPLEMENT(DRSL_LIBRARY, AutogradCPU, m) { m.impl("softmax_loss", drsl::softmax_loss_operator); }

@@ -12,10 +12,12 @@ namespace drsl {
 
 // Checked where codes come from outside.
 Config make_config(double tau_value, int64_t truth, double q, int64_t distance, double scale, double margin,
-                   int64_t ignore_index, int64_t reduction, double label_smoothing, bool soft);
+                   int64_t ignore_index, int64_t reduction, double label_smoothing, bool soft, double threshold,
+                   int64_t activation);
 
 // The loss and, with return_stats, (3, ...) of statistics; undefined without. On tensors that have memory of their own.
 std::tuple<at::Tensor, at::Tensor> softmax_loss(const at::Tensor& logits, const at::Tensor& y, const at::Tensor& weight,
-                                                const at::Tensor& tau, const Config& config, bool return_stats);
+                                                const at::Tensor& margins, const at::Tensor& tau, const Config& config,
+                                                bool return_stats);
 
 }  // namespace drsl

@@ -18,7 +18,7 @@ using at::Tensor;
 
 constexpr const char* kName = "drsl_kernels::softmax_loss";
 
-enum Position { kLogits, kTarget, kWeight, kTau, kCodes, kReturnStats, kCount };
+enum Position { kLogits, kTarget, kWeight, kMargins, kTau, kCodes, kReturnStats, kCount };
 
 // None is an undefined tensor.
 Tensor tensor_of(PyObject* object, const char* name) {
@@ -41,10 +41,11 @@ int64_t int_of(PyObject* object) {
 
 // LossSpec.codes (drsl_kernels/spec.py).
 Config config_of(PyObject* codes, double tau_value) {
-  TORCH_CHECK_TYPE(PyTuple_Check(codes) && PyTuple_GET_SIZE(codes) == 9, "codes must be a tuple of nine");
+  TORCH_CHECK_TYPE(PyTuple_Check(codes) && PyTuple_GET_SIZE(codes) == 11, "codes must be a tuple of eleven");
   const auto code = [codes](int i) { return PyTuple_GET_ITEM(codes, i); };
   return make_config(tau_value, int_of(code(0)), float_of(code(1)), int_of(code(2)), float_of(code(3)),
-                     float_of(code(4)), int_of(code(5)), int_of(code(6)), float_of(code(7)), code(8) == Py_True);
+                     float_of(code(4)), int_of(code(5)), int_of(code(6)), float_of(code(7)), code(8) == Py_True,
+                     float_of(code(9)), int_of(code(10)));
 }
 
 // Whether somebody must be shown the operator: a mode of this thread, or a tensor without memory of its own.
@@ -64,17 +65,20 @@ bool is_watched(std::initializer_list<const Tensor*> tensors) {
 }
 
 std::tuple<Tensor, Tensor> through_dispatcher(const Tensor& logits, const Tensor& y, const Tensor& weight,
-                                              const Tensor& tau, const Config& c, bool return_stats) {
+                                              const Tensor& margins, const Tensor& tau, const Config& c,
+                                              bool return_stats) {
   static const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow(kName, "")
           .typed<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const std::optional<Tensor>&,
-                                            const std::optional<Tensor>&, double, int64_t, double, int64_t, double,
-                                            double, int64_t, int64_t, double, bool, bool)>();
+                                            const std::optional<Tensor>&, const std::optional<Tensor>&, double,
+                                            int64_t, double, int64_t, double, double, int64_t, int64_t, double, bool,
+                                            double, int64_t, bool)>();
   const auto optional = [](const Tensor& t) { return t.defined() ? std::optional<Tensor>(t) : std::nullopt; };
-  return op.call(logits, y, optional(weight), optional(tau), c.tau_value, static_cast<int64_t>(c.truth), c.q,
-                 static_cast<int64_t>(c.distance), c.scale, c.margin, c.ignore_index, static_cast<int64_t>(c.reduction),
-                 c.label_smoothing, c.soft, return_stats);
+  return op.call(logits, y, optional(weight), optional(margins), optional(tau), c.tau_value,
+                 static_cast<int64_t>(c.truth), c.q, static_cast<int64_t>(c.distance), c.scale, c.margin,
+                 c.ignore_index, static_cast<int64_t>(c.reduction), c.label_smoothing, c.soft, c.threshold,
+                 static_cast<int64_t>(c.activation), return_stats);
 }
 
 PyObject* wrapped(Tensor&& t) {
@@ -89,7 +93,7 @@ PyObject* python_softmax_loss(PyObject*, PyObject* const* args, Py_ssize_t count
   TORCH_CHECK_TYPE(count == kCount, "softmax_loss takes ", static_cast<int>(kCount), " arguments, got ", count);
   const bool tau_is_tensor = THPVariable_Check(args[kTau]);
   const Tensor logits = tensor_of(args[kLogits], "logits"), y = tensor_of(args[kTarget], "y");
-  const Tensor weight = tensor_of(args[kWeight], "weight");
+  const Tensor weight = tensor_of(args[kWeight], "weight"), margins = tensor_of(args[kMargins], "margin");
   const Tensor tau = tau_is_tensor ? THPVariable_Unpack(args[kTau]) : Tensor();
   TORCH_CHECK_TYPE(logits.defined() && y.defined(), "logits and y must be Tensors");
   const Config config = config_of(args[kCodes], tau_is_tensor ? 0 : float_of(args[kTau]));
@@ -97,11 +101,11 @@ PyObject* python_softmax_loss(PyObject*, PyObject* const* args, Py_ssize_t count
   std::tuple<Tensor, Tensor> result;
   {
     pybind11::gil_scoped_release no_gil;
-    if (is_watched({&logits, &y, &weight, &tau})) {
-      result = through_dispatcher(logits, y, weight, tau, config, return_stats);
+    if (is_watched({&logits, &y, &weight, &margins, &tau})) {
+      result = through_dispatcher(logits, y, weight, margins, tau, config, return_stats);
     } else {
       RECORD_FUNCTION(kName, c10::ArrayRef<const c10::IValue>{});
-      result = softmax_loss(logits, y, weight, tau, config, return_stats);
+      result = softmax_loss(logits, y, weight, margins, tau, config, return_stats);
     }
   }
   if (!return_stats) return wrapped(std::move(std::get<0>(result)));

@@ -19,6 +19,9 @@
 //   k != y:   r_k (a + b r_k) + c (z_k - mu) - d      a = F_delta + F_kappa - 2 rho F_rho    b = 2 F_rho
 //   k == y:   -s F_delta                              c = 2 F_V                              d = F_kappa / n
 //
+// Another activation than softmax is the softmax of transformed logits u_k (see Activation): all of this holds with u in
+// place of z, and the gradient by z_k has a factor du_k / dz_k more.
+//
 // Because the statistics leave the label out, 1 - p is never formed by subtraction: loss and label gradient
 // keep their relative precision when p is within one rounding of 1.
 //
@@ -52,6 +55,9 @@
 namespace drsl {
 
 enum class Truth : int { ce = 0, gce = 1, mae = 2, log_odds = 3 };
+
+// Whose p the loss is of: softmax(z), or sigsoftmax(z), which is the softmax of u = z + log sigmoid(z).
+enum class Activation : int { softmax = 0, sigsoftmax = 1 };
 
 enum class Distance : int {
   none = 0,
@@ -148,6 +154,30 @@ DRSL_FN RowStats<T> merge(const RowStats<T>& x, const RowStats<T>& y) {
 }
 
 // ---------------------------------------------------------------------------------------------------------
+// Sigsoftmax: u = z + log sigmoid(z), and du/dz = 1 + sigmoid(-z)
+
+template <class T>
+DRSL_FN T sigsoftmax_logit(T z) {
+  return select(z > T(0), z, z + z) - log1p_(exp_(-abs_(z)));
+}
+
+template <class T>
+DRSL_FN T sigsoftmax_slope(T z) {
+  const T tail = exp_(-abs_(z));
+  return T(1) + select(z > T(0), tail, T(1)) / (T(1) + tail);
+}
+
+// The same from u, where z is no longer at hand: x = exp(z) solves x^2 / (1 + x) = exp(u). Infinite steps end in 1 or 2.
+DRSL_FN float sigsoftmax_slope_from(float u) {
+  const float power = ::expf(u), x = 0.5f * (power + ::sqrtf(power * power + 4.0f * power));
+  return 1.0f + 1.0f / (1.0f + x);
+}
+DRSL_FN double sigsoftmax_slope_from(double u) {
+  const double power = ::exp(u), x = 0.5 * (power + ::sqrt(power * power + 4.0 * power));
+  return 1.0 + 1.0 / (1.0 + x);
+}
+
+// ---------------------------------------------------------------------------------------------------------
 // From statistics to the loss and its gradient
 
 // What is the same for all rows of a call.
@@ -155,14 +185,15 @@ template <class S>
 struct LossParams {
   Truth truth;
   Distance distance;
-  S q, scale, margin, smoothing;  // q of gce; s and m of the label transform; e
+  S q, threshold;  // of gce: where p is below the threshold, the loss stays as it is there
+  S scale, smoothing;  // s of the label transform; e
   bool soft;  // class probabilities
 };
 
 // What a row brings besides its statistics. Without class weights: weight = 1, rest_weight = n, rest_depth = h.
 template <class T>
 struct RowInput {
-  T label_logit, tau, weight;  // z_y, tau, u_y
+  T label_logit, margin, tau, weight;  // z_y, m, tau, u_y
   T rest_weight, rest_depth;  // U, M - nu (sum u_k (M - z_k) where U = 0): read only when smoothing > 0 or soft
 };
 
@@ -220,8 +251,11 @@ template <class T>
 DRSL_FN TruthTerm<T> truth_term(const LossParams<Scalar<T>>& params, const Odds<T>& o) {
   switch (params.truth) {
     case Truth::gce: {
-      const T q = T(params.q);
-      return {-expm1_(-q * o.softplus) / q, exp_(-q * o.softplus) * o.w};
+      const Scalar<T> k = params.threshold;
+      const T q = T(params.q), most = T(k > Scalar<T>(0) ? -log_(k) : infinity<Scalar<T>>());
+      const auto cut = o.softplus > most;
+      const T power = -q * select(cut, most, o.softplus);  // log p^q
+      return {-expm1_(power) / q, select(cut, T(0), exp_(power) * o.w)};
     }
     case Truth::mae:
       return {T(2) * o.w, T(2) * o.w * o.p};
@@ -277,7 +311,7 @@ DRSL_FN RowLoss<T> row_loss(const LossParams<Scalar<T>>& params, const RowStats<
   const T kappa = rest.depth + log_some;
   const T n = select(rest.count > T(1), rest.count, T(1));
 
-  const Odds<T> odds = label_odds(rest, log_sum, label, T(params.scale), T(params.margin));
+  const Odds<T> odds = label_odds(rest, log_sum, label, T(params.scale), in.margin);
   const TruthTerm<T> truth = truth_term(params, odds);
   const DistanceTerm<T> dist = distance_term(params.distance, odds, rho, kappa, rest.variance, rest.count);
 

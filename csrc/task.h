@@ -29,7 +29,8 @@ struct Task {
   DType dtype;
   Truth truth;
   Distance distance;
-  double q, scale, margin, smoothing;
+  Activation activation;
+  double q, threshold, scale, margin, smoothing;
   int64_t rows, classes, ignore_index;
   RowLayout layout;
 
@@ -37,6 +38,7 @@ struct Task {
   const int64_t* labels;       // (rows,), each in [0, classes) or ignore_index: see scan_labels
   const void* class_weights;   // acc (classes,), may be null: all 1
   bool soft;                   // class_weights is (rows, classes): class probabilities, each times its class weight
+  const void* class_margins;   // acc (classes,), may be null: margin for all
   double tau;                  // used where tau_rows is null
   const void* tau_rows;        // acc, may be null: tau of row i at tau_rows[i * tau_stride]
   int64_t tau_stride;          // 0 or 1; on the CPU always 1

@@ -15,6 +15,7 @@ from . import ops, reference
 from .backends import Backend, choose, is_compiled
 from .spec import (
     DISTANCES,
+    Activation,
     BackendName,
     Distance,
     LossSpec,
@@ -161,10 +162,12 @@ def softmax_loss(
     *,
     truth: Truth = ...,
     q: float = ...,
+    threshold: float = ...,
     distance: Distance | None = ...,
     tau: Tensor | float = ...,
-    margin: float = ...,
+    margin: Tensor | float = ...,
     scale: float = ...,
+    activation: Activation = ...,
     weight: Tensor | None = ...,
     ignore_index: int = ...,
     reduction: Reduction = ...,
@@ -179,10 +182,12 @@ def softmax_loss(
     *,
     truth: Truth = ...,
     q: float = ...,
+    threshold: float = ...,
     distance: Distance | None = ...,
     tau: Tensor | float = ...,
-    margin: float = ...,
+    margin: Tensor | float = ...,
     scale: float = ...,
+    activation: Activation = ...,
     weight: Tensor | None = ...,
     ignore_index: int = ...,
     reduction: Reduction = ...,
@@ -197,10 +202,12 @@ def softmax_loss(
     *,
     truth: Truth = ...,
     q: float = ...,
+    threshold: float = ...,
     distance: Distance | None = ...,
     tau: Tensor | float = ...,
-    margin: float = ...,
+    margin: Tensor | float = ...,
     scale: float = ...,
+    activation: Activation = ...,
     weight: Tensor | None = ...,
     ignore_index: int = ...,
     reduction: Reduction = ...,
@@ -214,10 +221,12 @@ def softmax_loss(
     *,
     truth: Truth = "ce",
     q: float = 0.7,
+    threshold: float = 0.0,
     distance: Distance | None = None,
     tau: Tensor | float = 0.0,
-    margin: float = 0.0,
+    margin: Tensor | float = 0.0,
     scale: float = 1.0,
+    activation: Activation = "softmax",
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
@@ -239,18 +248,26 @@ def softmax_loss(
     ``log_odds``  delta                            never saturates: the loss to attack with
     ============= =============================== ============================================================
 
+    With activation="sigsoftmax" all of this is of logits :math:`u_k = z_k + \log \sigma(z_k)` in place of z, whose
+    softmax is sigsoftmax(z), normalised :math:`e^{z_k} \sigma(z_k)` (Kanai et al. 2018).
+
     Args:
         truth: which T.
         q: exponent of ``gce``, in (0, 1] (no less than 1e-30).
+        threshold: of the truncated ``gce``, in [0, 1): where p_y is below it, T stays as it is there, (1 - threshold^q)
+            / q, and has no gradient. 0 for none.
         distance: which D, see `fused_drsl_loss`; None for none, and then tau is not used.
-        margin: m, subtracted from the label's logit.
+        margin: m, subtracted from the label's logit: a number, or one per class, of shape (C,), of which each row takes
+            that of its label. No gradient flows to it.
         scale: s > 0, multiplies the label's logit.
+        activation: "softmax" or "sigsoftmax".
 
     The other arguments, the result and the errors are those of `fused_drsl_loss`. `label_smoothing` is defined
-    for ``ce`` alone: with another truth it must be 0, else ValueError.
+    for ``ce`` alone, `threshold` for ``gce`` alone: with another truth each must be 0, else ValueError.
     """
+    margin, margins = (0.0, margin) if isinstance(margin, Tensor) else (margin, None)
     member = (truth, q, distance, scale, margin, ignore_index, reduction, label_smoothing)
-    return _loss(logits, y, tau, weight, member, return_stats, backend)
+    return _loss(logits, y, tau, weight, member, return_stats, backend, margins, (threshold, activation))
 
 
 def _loss(
@@ -261,26 +278,30 @@ def _loss(
     member: tuple[Any, ...],
     return_stats: bool,
     backend: str | None,
+    margins: Tensor | None = None,
+    more: tuple[Any, ...] = (0.0, "softmax"),
 ) -> Tensor | tuple[Tensor, LossStats]:
-    """`member`: the arguments of `loss_spec`."""
+    """`member` and `more`: the arguments of `loss_spec`, between which it has `soft`."""
     if type(tau) is not float and not isinstance(tau, Tensor):
         tau = number("tau", tau)
     if not isinstance(return_stats, bool):
         raise TypeError(f"return_stats must be a bool, got {return_stats!r}")
     soft = isinstance(y, Tensor) and y.is_floating_point()
     compiling = torch.compiler.is_compiling()
-    arguments = (*member, soft)
+    arguments = (*member, soft, *more)
     spec = loss_spec(*arguments) if compiling else cached_loss_spec(*arguments)
     if compiling and is_compiled(logits, backend):
         if not soft:
-            check_tensors(logits, y, tau, weight, spec)
+            check_tensors(logits, y, tau, weight, spec, margins)
         chosen: Backend = partial(ops.softmax_loss, backend=backend)
     else:
         chosen = choose(logits, backend)
+    if soft and margins is not None:
+        check_tensors(logits, y, tau, weight, spec, margins)  # says that it is not for probabilities
     if soft:
         loss, stats = _soft_loss(chosen, logits, y, tau, weight, spec, return_stats)
     else:
-        loss, stats = chosen(logits, y, tau, weight, spec, return_stats)
+        loss, stats = chosen(logits, y, tau, weight, spec, return_stats, margins)
     return loss if stats is None else (loss, stats)
 
 
@@ -300,4 +321,4 @@ def _soft_loss(
     if logits.shape[class_dim(logits)] == 0:  # no class that could stand for the label
         return reference.softmax_loss(logits, y, tau, weight, spec, return_stats)
     target = soft_target(logits, y, tau, weight, spec.label_smoothing)
-    return backend(logits, target.labels, target.tau, target.weights, spec, return_stats)
+    return backend(logits, target.labels, target.tau, target.weights, spec, return_stats, None)

@@ -31,13 +31,15 @@ def softmax_loss(
     weight: Tensor | None,
     spec: LossSpec,
     return_stats: bool,
+    margins: Tensor | None = None,
+    *,
     backend: str | None,
 ) -> tuple[Tensor, LossStats | None]:
     """As the backends have it, through the operators."""
     tau_tensor, tau_value = (tau, 0.0) if isinstance(tau, Tensor) else (None, tau)
     if spec.distance is None:
         tau_tensor, tau_value = None, 0.0
-    value, stats = loss(logits, y, weight, tau_tensor, tau_value, *spec.codes, return_stats, backend or "")
+    value, stats = loss(logits, y, weight, margins, tau_tensor, tau_value, *spec.codes, return_stats, backend or "")
     if not return_stats:
         return value, None
     cross_entropy, distance, margin = stats.unbind(0)
@@ -49,6 +51,7 @@ def loss(
     logits: Tensor,
     y: Tensor,
     weight: Tensor | None,
+    margins: Tensor | None,
     tau: Tensor | None,
     tau_value: float,
     truth: int,
@@ -60,14 +63,18 @@ def loss(
     reduction: int,
     label_smoothing: float,
     soft: bool,
+    threshold: float,
+    activation: int,
     return_stats: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The loss, and what `LossStats` holds of floating numbers, (3, ...): of no element unless asked for."""
-    spec = spec_of_codes(truth, q, distance, scale, margin, ignore_index, reduction, label_smoothing, soft)
+    spec = spec_of_codes(
+        truth, q, distance, scale, margin, ignore_index, reduction, label_smoothing, soft, threshold, activation
+    )
     with torch.no_grad():
         run = choose(logits, backend or None)
-        value, stats = run(logits, y, tau_value if tau is None else tau, weight, spec, return_stats)
+        value, stats = run(logits, y, tau_value if tau is None else tau, weight, spec, return_stats, margins)
         if stats is None:
             return value, value.new_empty(0)
         return value, torch.stack(stats[:3]).reshape(3, *_row_shape(logits, y))
@@ -75,9 +82,15 @@ def loss(
 
 @loss.register_fake
 def _(
-    logits: Tensor, y: Tensor, weight: Tensor | None, tau: Tensor | None, tau_value: float, *codes: Any
+    logits: Tensor,
+    y: Tensor,
+    weight: Tensor | None,
+    margins: Tensor | None,
+    tau: Tensor | None,
+    tau_value: float,
+    *codes: Any,
 ) -> tuple[Tensor, Tensor]:
-    *_, reduction, _, _, return_stats, _ = codes
+    *_, reduction, _, _, _, _, return_stats, _ = codes
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     rows = _row_shape(logits, y)
     value = logits.new_empty(rows if REDUCTIONS[reduction] == "none" else (), dtype=dtype)
@@ -90,6 +103,7 @@ def loss_backward(
     logits: Tensor,
     y: Tensor,
     weight: Tensor | None,
+    margins: Tensor | None,
     tau: Tensor | None,
     tau_value: float,
     truth: int,
@@ -101,16 +115,21 @@ def loss_backward(
     reduction: int,
     label_smoothing: float,
     soft: bool,
+    threshold: float,
+    activation: int,
     backend: str,
     for_logits: bool,
     for_tau: bool,
 ) -> tuple[Tensor, Tensor]:
     """The gradients to logits and tau: of no element where none is wanted."""
-    spec = spec_of_codes(truth, q, distance, scale, margin, ignore_index, reduction, label_smoothing, soft)
+    spec = spec_of_codes(
+        truth, q, distance, scale, margin, ignore_index, reduction, label_smoothing, soft, threshold, activation
+    )
     with _autograd_inside_an_operator():
         z = logits.detach().requires_grad_(for_logits)
         t = tau if tau is None else tau.detach().requires_grad_(for_tau)
-        value, _ = choose(z, backend or None)(z, y, tau_value if t is None else t, weight, spec, False)
+        run = choose(z, backend or None)
+        value, _ = run(z, y, tau_value if t is None else t, weight, spec, False, margins)
         wanted = [x for x, is_wanted in ((z, for_logits), (t, for_tau)) if is_wanted and x is not None]
         found = list(torch.autograd.grad(value, wanted, upstream, materialize_grads=True))
     logits_grad = _laid_out_like(logits, found.pop(0)) if for_logits else upstream.new_empty(0)
@@ -124,6 +143,7 @@ def _(
     logits: Tensor,
     y: Tensor,
     weight: Tensor | None,
+    margins: Tensor | None,
     tau: Tensor | None,
     tau_value: float,
     *codes: Any,
@@ -134,42 +154,42 @@ def _(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, y, weight, tau, ctx.tau_value, *codes = inputs
+    logits, y, weight, margins, tau, ctx.tau_value, *codes = inputs
     *ctx.codes, _, ctx.backend = codes
-    ctx.save_for_backward(logits, y, weight, tau)
+    ctx.save_for_backward(logits, y, weight, margins, tau)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    logits, y, weight, tau = ctx.saved_tensors
-    for_logits, for_tau = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+    logits, y, weight, margins, tau = ctx.saved_tensors
+    for_logits, for_tau = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
     nothing = (None,) * (1 + len(ctx.codes) + 2)
     if upstream is None or not (for_logits or for_tau):
-        return None, None, None, None, *nothing
+        return None, None, None, None, None, *nothing
     logits_grad, tau_grad = loss_backward(
-        upstream, logits, y, weight, tau, ctx.tau_value, *ctx.codes, ctx.backend, for_logits, for_tau
+        upstream, logits, y, weight, margins, tau, ctx.tau_value, *ctx.codes, ctx.backend, for_logits, for_tau
     )
-    return logits_grad if for_logits else None, None, None, tau_grad if for_tau else None, *nothing
+    return logits_grad if for_logits else None, None, None, None, tau_grad if for_tau else None, *nothing
 
 
 loss.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def _save_for_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    upstream, logits, y, weight, tau, ctx.tau_value, *codes = inputs
+    upstream, logits, y, weight, margins, tau, ctx.tau_value, *codes = inputs
     *ctx.codes, _, ctx.for_logits, ctx.for_tau = codes
-    ctx.save_for_backward(upstream, logits, y, weight, tau)
+    ctx.save_for_backward(upstream, logits, y, weight, margins, tau)
 
 
 def _second(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
     """Through the reference."""
-    upstream, logits, y, weight, tau = ctx.saved_tensors
+    upstream, logits, y, weight, margins, tau = ctx.saved_tensors
     spec = spec_of_codes(*ctx.codes)
     with torch.enable_grad():
         u, z = upstream.detach().requires_grad_(), logits.detach().requires_grad_()
         t = tau if tau is None else tau.detach().requires_grad_()
-        value, _ = reference.softmax_loss(z, y, ctx.tau_value if t is None else t, weight, spec)
+        value, _ = reference.softmax_loss(z, y, ctx.tau_value if t is None else t, weight, spec, margins=margins)
         pairs = [(z, upstreams[0])] if ctx.for_logits else []
         if ctx.for_tau:
             pairs.append((t, upstreams[1]))
@@ -184,7 +204,7 @@ def _second(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
         allow_unused=True,
     )
     nothing = (None,) * (1 + len(ctx.codes) + 3)
-    return second[0], second[1], None, None, second[2] if t is not None else None, *nothing
+    return second[0], second[1], None, None, None, second[2] if t is not None else None, *nothing
 
 
 loss_backward.register_autograd(_second, setup_context=_save_for_second)

@@ -11,6 +11,7 @@ ones among fake tensors.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch.nn.functional import logsigmoid
 from .spec import LossSpec, LossStats, check_tensors, class_dim
 from .targets import soft_target
 
-__all__ = ["RowStats", "distance", "row_stats", "softmax_loss", "truth"]
+__all__ = ["RowStats", "distance", "row_stats", "sigsoftmax_logits", "softmax_loss", "truth"]
 
 
 class RowStats(NamedTuple):
@@ -56,14 +57,16 @@ def softmax_loss(
     weight: Tensor | None,
     spec: LossSpec,
     return_stats: bool = False,
+    margins: Tensor | None = None,
 ) -> tuple[Tensor, LossStats | None]:
     """The loss that `spec` names, and per-row statistics if asked for.
 
     Arguments and errors as in `drsl_kernels.softmax_loss`. Class probabilities may come as `y`, or as the parts of
-    a `SoftTarget`: then y are its labels and `weight` its weights.
+    a `SoftTarget`: then y are its labels and `weight` its weights. `margins` (C,) are the classes' own, in place of
+    that of `spec`.
     """
     if not spec.soft or y.is_floating_point():
-        check_tensors(logits, y, tau, weight, spec)
+        check_tensors(logits, y, tau, weight, spec, margins)
     if spec.soft and y.is_floating_point():
         y, weight, tau = soft_target(logits, y, tau, weight, spec.label_smoothing)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -74,7 +77,10 @@ def softmax_loss(
     valid = y != spec.ignore_index
     labels = y.masked_fill(~valid, 0)
     z = z.masked_fill(~valid.unsqueeze(-1), 0.0)
-    stats = row_stats(z, labels, spec.scale, spec.margin)
+    if spec.activation == "sigsoftmax":
+        z = sigsoftmax_logits(z)
+    margin = spec.margin if margins is None else margins.detach().to(dtype)[labels]
+    stats = row_stats(z, labels, spec.scale, margin)
 
     row_weight = torch.ones_like(stats.delta)
     if spec.soft:
@@ -109,7 +115,7 @@ def softmax_loss(
     return loss.sum() / row_weight.masked_fill(~valid, 0.0).sum(), details
 
 
-def row_stats(z: Tensor, y: Tensor, scale: float = 1.0, margin: float = 0.0) -> RowStats:
+def row_stats(z: Tensor, y: Tensor, scale: float = 1.0, margin: Tensor | float = 0.0) -> RowStats:
     """Statistics of rows `z` of shape (..., C) with labels `y` of shape (...)."""
     rest = _rest_of(z, y)
     count = rest.sum(-1).to(z.dtype)
@@ -140,6 +146,11 @@ def row_stats(z: Tensor, y: Tensor, scale: float = 1.0, margin: float = 0.0) -> 
     )
 
 
+def sigsoftmax_logits(z: Tensor) -> Tensor:
+    """u = z + log sigmoid(z), whose softmax is exp(z) sigmoid(z), normalised. -inf stays -inf."""
+    return z + logsigmoid(z)
+
+
 def truth(stats: RowStats, spec: LossSpec) -> Tensor:
     """The truth term T(delta) per row: how badly the label does against all other classes."""
     cross_entropy = -logsigmoid(-stats.delta)
@@ -147,6 +158,8 @@ def truth(stats: RowStats, spec: LossSpec) -> Tensor:
         return cross_entropy
     if spec.truth == "gce":
         # Each branch has the exact gradient where the other's is lost: expm1 for hard rows, exp for easy ones.
+        if spec.threshold > 0.0:
+            cross_entropy = cross_entropy.clamp(max=-math.log(spec.threshold))
         log_power = -spec.q * cross_entropy
         return _where(log_power < -1.0, 1.0 - log_power.exp(), -log_power.expm1()) / spec.q
     if spec.truth == "mae":

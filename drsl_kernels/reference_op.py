@@ -15,9 +15,9 @@ from .spec import spec_of_codes
 
 _library: Any = Library("drsl_kernels", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(
-    "reference_loss(Tensor logits, Tensor y, Tensor? weight, Tensor? tau, float tau_value, int truth, float q, "
-    "int distance, float scale, float margin, int ignore_index, int reduction, float label_smoothing, bool soft) "
-    "-> Tensor"
+    "reference_loss(Tensor logits, Tensor y, Tensor? weight, Tensor? margins, Tensor? tau, float tau_value, int truth, "
+    "float q, int distance, float scale, float margin, int ignore_index, int reduction, float label_smoothing, "
+    "bool soft, float threshold, int activation) -> Tensor"
 )
 
 
@@ -25,20 +25,13 @@ def _reference_loss(
     logits: Tensor,
     y: Tensor,
     weight: Tensor | None,
+    margins: Tensor | None,
     tau: Tensor | None,
     tau_value: float,
-    truth: int,
-    q: float,
-    distance: int,
-    scale: float,
-    margin: float,
-    ignore_index: int,
-    reduction: int,
-    label_smoothing: float,
-    soft: bool,
+    *codes: Any,
 ) -> Tensor:
-    spec = spec_of_codes(truth, q, distance, scale, margin, ignore_index, reduction, label_smoothing, soft)
-    loss, _ = reference.softmax_loss(logits, y, tau_value if tau is None else tau, weight, spec)
+    spec = spec_of_codes(*codes)
+    loss, _ = reference.softmax_loss(logits, y, tau_value if tau is None else tau, weight, spec, margins=margins)
     return loss
 
 

@@ -18,14 +18,16 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 Truth: TypeAlias = Literal["ce", "gce", "mae", "log_odds"]
+Activation: TypeAlias = Literal["softmax", "sigsoftmax"]
 Distance: TypeAlias = Literal["uniform", "non_target", "non_target_logits", "conditional", "kl"]
 Reduction: TypeAlias = Literal["none", "mean", "sum"]
-SpecCodes: TypeAlias = tuple[int, float, int, float, float, int, int, float, bool]
+SpecCodes: TypeAlias = tuple[int, float, int, float, float, int, int, float, bool, float, int]
 BackendName: TypeAlias = Literal["cpp", "reference", "triton", "cuda"]
 
 # The position of a name is its code in csrc/row_loss.h (there, code 0 of the distances means none).
 TRUTHS: Final[tuple[str, ...]] = get_args(Truth)
 DISTANCES: Final[tuple[str, ...]] = get_args(Distance)
+ACTIVATIONS: Final[tuple[str, ...]] = get_args(Activation)
 SOFT_DISTANCES: Final = ("uniform", "kl")  # those that make sense without a label
 SOFT_KL_CODE: Final = 1 + len(DISTANCES)  # "kl" of class probabilities: to uniform over all classes
 REDUCTIONS: Final[tuple[str, ...]] = get_args(Reduction)
@@ -41,10 +43,11 @@ class LossStats(NamedTuple):
     `ignore_index` hold zeros and False.
 
     Attributes:
-        cross_entropy: -log softmax(logits)_y, without class weights and label smoothing. With class probabilities
-            the whole loss but for tau times the distance.
+        cross_entropy: -log p_y, p the activation of the logits, without class weights and label smoothing. With class
+            probabilities the whole loss but for tau times the distance.
         distance: the distance D of the row (the default `uniform` where the loss has none).
-        margin: logit of the label (the likeliest class, with probabilities) minus the largest other logit.
+        margin: logit of the label (the likeliest class, with probabilities) minus the largest other logit; of another
+            activation than softmax, the difference of the logits that it takes the softmax of.
         correct: True where the margin is positive. A tie for the largest logit is not correct.
     """
 
@@ -59,8 +62,9 @@ class LossSpec:
     """One member of the family: truth term + tau * distance, and how rows are reduced.
 
     Use `loss_spec` to make one. Fields have the meaning of `drsl_kernels.softmax_loss`'s arguments; `soft` says that
-    the target holds class probabilities. `truth_code`, `distance_code` and `reduction_code` are the integers that
-    csrc/row_loss.h uses, and `codes` is the whole in the form that operators take: see `spec_of_codes`.
+    the target holds class probabilities. `truth_code`, `distance_code`, `activation_code` and `reduction_code` are the
+    integers that csrc/row_loss.h uses, and `codes` is the whole in the form that operators take: see `spec_of_codes`.
+    `margin` is that of all classes where they have none of their own.
     """
 
     truth: str
@@ -72,9 +76,12 @@ class LossSpec:
     reduction: str
     label_smoothing: float
     soft: bool
+    threshold: float
+    activation: str
     truth_code: int
     distance_code: int
     reduction_code: int
+    activation_code: int
     codes: SpecCodes
 
 
@@ -88,11 +95,23 @@ def spec_of_codes(
     reduction: int,
     label_smoothing: float,
     soft: bool,
+    threshold: float,
+    activation: int,
 ) -> LossSpec:
     """The inverse of `LossSpec.codes`."""
     name = None if distance == 0 else "kl" if distance == SOFT_KL_CODE else DISTANCES[distance - 1]
     return cached_loss_spec(
-        TRUTHS[truth], q, name, scale, margin, ignore_index, REDUCTIONS[reduction], label_smoothing, soft
+        TRUTHS[truth],
+        q,
+        name,
+        scale,
+        margin,
+        ignore_index,
+        REDUCTIONS[reduction],
+        label_smoothing,
+        soft,
+        threshold,
+        ACTIVATIONS[activation],
     )
 
 
@@ -106,6 +125,8 @@ def loss_spec(
     reduction: str,
     label_smoothing: float,
     soft: bool = False,
+    threshold: float = 0.0,
+    activation: str = "softmax",
 ) -> LossSpec:
     """Validate the arguments that are not tensors and return them as a `LossSpec`.
 
@@ -119,6 +140,7 @@ def loss_spec(
     if distance is not None:
         _check_name("distance", distance, DISTANCES)
     _check_name("reduction", reduction, REDUCTIONS)
+    _check_name("activation", activation, ACTIVATIONS)
     q, scale, margin = number("q", q), number("scale", scale), number("margin", margin)
     label_smoothing = number("label_smoothing", label_smoothing)
     # Below, q times a loss has no place in float32; q = 1e-30 is cross-entropy to the last digit.
@@ -129,6 +151,11 @@ def loss_spec(
         raise ValueError(f"scale must be positive and finite, got {scale!r}")
     if not -math.inf < margin < math.inf:
         raise ValueError(f"margin must be finite, got {margin!r}")
+    threshold = number("threshold", threshold)
+    if not 0.0 <= threshold < 1.0:
+        raise ValueError(f"threshold must be in [0, 1), got {threshold!r}")
+    if threshold > 0.0 and truth != "gce":
+        raise ValueError(f"threshold must be 0 with truth={truth!r} (it is defined for 'gce'), got {threshold!r}")
     ignore_index = integer("ignore_index", ignore_index)
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must fit in 64 bits, got {ignore_index!r}")
@@ -141,8 +168,20 @@ def loss_spec(
     if soft:
         _check_soft(truth, distance, scale, margin, ignore_index)
     truth_code, reduction_code = TRUTHS.index(truth), REDUCTIONS.index(reduction)
-    distance_code = _distance_code(distance, soft)
-    codes = (truth_code, q, distance_code, scale, margin, ignore_index, reduction_code, label_smoothing, soft)
+    distance_code, activation_code = _distance_code(distance, soft), ACTIVATIONS.index(activation)
+    codes = (
+        truth_code,
+        q,
+        distance_code,
+        scale,
+        margin,
+        ignore_index,
+        reduction_code,
+        label_smoothing,
+        soft,
+        threshold,
+        activation_code,
+    )
     return LossSpec(
         truth,
         q,
@@ -153,9 +192,12 @@ def loss_spec(
         reduction,
         label_smoothing,
         soft,
+        threshold,
+        activation,
         truth_code,
         distance_code,
         reduction_code,
+        activation_code,
         codes,
     )
 
@@ -220,7 +262,9 @@ def _check_name(argument: str, value: object, names: tuple[str, ...]) -> None:
         raise ValueError(f"{argument} must be one of {', '.join(map(repr, names))}, got {value!r}")
 
 
-def check_tensors(logits: object, y: object, tau: object, weight: object, spec: LossSpec) -> None:
+def check_tensors(
+    logits: object, y: object, tau: object, weight: object, spec: LossSpec, margins: object = None
+) -> None:
     """Raise the error that names the argument and its value, if any of the tensors is unusable.
 
     Error types are those of `F.cross_entropy` wherever it has the same condition. Values (a label out of
@@ -242,6 +286,8 @@ def check_tensors(logits: object, y: object, tau: object, weight: object, spec: 
     classes = logits.shape[class_dim(logits)]
     if weight is not None:
         _check_weight(weight, classes, logits.device)
+    if margins is not None:
+        _check_margins(margins, classes, logits.device, spec)
     at = class_dim(logits)
     _check_tau(tau, logits.shape[:at] + logits.shape[at + 1 :] if spec.soft else y.shape, logits.device)
     if logits.device.type == "cpu" and not spec.soft:
@@ -305,6 +351,29 @@ def _check_weight(weight: object, classes: int, device: torch.device) -> None:
         raise RuntimeError(f"weight must have shape (C,) = ({classes},), got {tuple(weight.shape)}")
     if weight.device != device:
         raise RuntimeError(f"weight must be on the device of logits, {device}, got {weight.device}")
+
+
+def check_margin_alone(margins: object) -> None:
+    """What can be said about margins of classes without logits (values are looked at on the CPU only)."""
+    margins = _check_tensor("margin", margins)
+    if margins.dim() != 1:
+        raise ValueError(f"margin must be a number or have shape (C,), got {tuple(margins.shape)}")
+    if not margins.is_floating_point():
+        raise TypeError(f"margin must be of a floating dtype, got {margins.dtype}")
+    if margins.device.type == "cpu" and _is_concrete(margins) and not torch.isfinite(margins).all():
+        first = margins.detach()[~torch.isfinite(margins.detach())][0].item()
+        raise ValueError(f"margin must be finite, got {first!r}")
+
+
+def _check_margins(margins: object, classes: int, device: torch.device, spec: LossSpec) -> None:
+    check_margin_alone(margins)
+    assert isinstance(margins, Tensor)
+    if spec.soft:
+        raise ValueError("margin must be 0 where y holds class probabilities, got a tensor")
+    if tuple(margins.shape) != (classes,):
+        raise ValueError(f"margin must be a number or have shape (C,) = ({classes},), got {tuple(margins.shape)}")
+    if margins.device != device:
+        raise RuntimeError(f"margin must be on the device of logits, {device}, got {margins.device}")
 
 
 def _check_tau(tau: object, rows: torch.Size, device: torch.device) -> None:

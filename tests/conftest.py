@@ -171,11 +171,11 @@ def backend(request: pytest.FixtureRequest) -> str:
     return name
 
 
-def on_host_function(logits: Any, y: Any, weight: Any, tau: Any, codes: Any, return_stats: bool) -> Any:
+def on_host_function(logits: Any, y: Any, weight: Any, margins: Any, tau: Any, codes: Any, return_stats: bool) -> Any:
     """What `drsl_kernels._C.softmax_loss` is for the extension, over the operator of that library."""
     tau, tau_value = (tau, 0.0) if isinstance(tau, torch.Tensor) else (None, tau)
     operator = torch.ops.drsl_kernels_on_host.softmax_loss.default
-    loss, stats = operator(logits, y, weight, tau, tau_value, *codes, return_stats)
+    loss, stats = operator(logits, y, weight, margins, tau, tau_value, *codes, return_stats)
     return (loss, stats) if return_stats else loss
 
 

@@ -65,6 +65,17 @@ def test_every_member(truth: str, distance: str | None) -> None:
     assert_twins(long_z, long_y, truth=truth, distance=distance)
 
 
+@pytest.mark.parametrize(("truth", "distance"), PAIRS[:: len(PAIRS) // 8], ids=PAIR_IDS[:: len(PAIR_IDS) // 8])
+@pytest.mark.parametrize(("rows", "classes"), [(160, 11), (3, 9001)])
+def test_sigsoftmax_and_own_margins(rows: int, classes: int, truth: str, distance: str | None) -> None:
+    z, y = random_rows(rows, classes, rows)
+    margin = torch.rand(classes, generator=torch.Generator().manual_seed(2))
+    threshold = 0.3 if truth == "gce" else 0.0
+    assert_twins(
+        z, y, truth=truth, distance=distance, activation="sigsoftmax", margin=margin, threshold=threshold, scale=1.25
+    )
+
+
 @pytest.mark.parametrize("distance", ["uniform", "kl"])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("rows", "classes"), [(160, 10), (24, 300), (2, 20000)])

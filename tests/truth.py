@@ -7,6 +7,7 @@ in arbitrary precision for rows where float64 is not enough. Relies on torch and
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import mpmath
@@ -25,9 +26,11 @@ def row_losses(
     *,
     truth: str = "ce",
     q: float = 0.7,
+    threshold: float = 0.0,
     distance: str | None = None,
-    margin: float = 0.0,
+    margin: Tensor | float = 0.0,
     scale: float = 1.0,
+    activation: str = "softmax",
     weight: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
@@ -47,9 +50,11 @@ def row_losses(
                     one_tau,
                     truth=truth,
                     q=q,
+                    threshold=threshold,
                     distance=distance,
-                    margin=margin,
+                    margin=margin[keep] if isinstance(margin, Tensor) else margin,
                     scale=scale,
+                    activation=activation,
                     weight=None if weight is None else weight[keep],
                     ignore_index=ignore_index,
                     label_smoothing=label_smoothing,
@@ -65,7 +70,10 @@ def row_losses(
     z = torch.where(counts.unsqueeze(1), z, 0.0)
     u = torch.ones(classes, dtype=z.dtype) if weight is None else weight.to(z.dtype)
 
-    shifted = torch.where(one_hot, scale * z - margin, z)
+    if activation == "sigsoftmax":
+        z = z + F.logsigmoid(z)
+    own_margin = margin.to(z.dtype)[labels].unsqueeze(1) if isinstance(margin, Tensor) else margin
+    shifted = torch.where(one_hot, scale * z - own_margin, z)
     log_p = shifted.log_softmax(1)
     p = shifted.softmax(1)
     wrong_z = z[~one_hot].view(len(z), classes - 1)
@@ -75,7 +83,8 @@ def row_losses(
         smooth = -(u * log_p).sum(1) / classes
         term = (1 - label_smoothing) * u[labels] * -log_p[one_hot] + label_smoothing * smooth
     elif truth == "gce":
-        term = u[labels] * (1 - (q * log_p[one_hot]).exp()) / q  # p_y^q, with a gradient at p_y = 0 too
+        log_p_y = log_p[one_hot] if threshold == 0.0 else log_p[one_hot].clamp(min=math.log(threshold))
+        term = u[labels] * (1 - (q * log_p_y).exp()) / q  # p_y^q, with a gradient at p_y = 0 too
     elif truth == "mae":
         term = u[labels] * (p - one_hot.to(p.dtype)).abs().sum(1)
     else:
@@ -145,6 +154,7 @@ def exact(
     q: float = 0.7,
     distance: str | None = None,
     tau: float = 0.0,
+    activation: str = "softmax",
     digits: int = 700,
 ) -> tuple[mpmath.mpf, list[mpmath.mpf]]:
     """Loss of one row and its gradient to every logit, to far more digits than float64 holds."""
@@ -152,7 +162,10 @@ def exact(
         row = [mpmath.mpf(x) for x in z]
 
         def loss_at(k: int, x: mpmath.mpf) -> mpmath.mpf:
-            return _exact_loss([x if i == k else v for i, v in enumerate(row)], label, truth, q, distance, tau)
+            changed = [x if i == k else v for i, v in enumerate(row)]
+            if activation == "sigsoftmax":
+                changed = [v - mpmath.log(1 + mpmath.exp(-v)) for v in changed]
+            return _exact_loss(changed, label, truth, q, distance, tau)
 
         step = mpmath.mpf(10) ** (-digits // 3)
         slopes = [(loss_at(k, x + step) - loss_at(k, x - step)) / (2 * step) for k, x in enumerate(row)]

@@ -23,15 +23,17 @@ struct TermSet {
 template <class S>
 struct CallInfo {
   explicit CallInfo(const Task& t)
-      : params{t.truth, t.distance, S(t.q), S(t.scale), S(t.margin), S(t.smoothing), t.soft},
+      : params{t.truth, t.distance, S(t.q), S(t.threshold), S(t.scale), S(t.smoothing), t.soft},
         task(t),
         class_weights(static_cast<const S*>(t.class_weights)),
+        class_margins(static_cast<const S*>(t.class_margins)),
         tau_rows(static_cast<const S*>(t.tau_rows)),
         upstream(static_cast<const S*>(t.upstream)) {}
 
   LossParams<S> params;
   const Task& task;
   const S* class_weights;
+  const S* class_margins;
   const S* tau_rows;
   const S* upstream;
 
@@ -181,6 +183,15 @@ DRSL_FN Vec<S> label_weights(const CallInfo<S>& call, int64_t first, int64_t n, 
   return load(static_cast<const S*>(weight));
 }
 
+// m of rows first .. first + n - 1.
+template <class S>
+DRSL_FN Vec<S> label_margins(const CallInfo<S>& call, int64_t n, const BlockLabels<S>& labels) {
+  if (!call.class_margins) return Vec<S>(S(call.task.margin));
+  S margin[Vec<S>::kLanes] = {};
+  for (int i = 0; i < n; ++i) margin[i] = call.class_margins[labels.number[i]];
+  return load(static_cast<const S*>(margin));
+}
+
 // What a class of weight u and logit v adds to U and to sum u_k (M - z_k). A masked one is left out, but a probability
 // of one counts and costs infinitely much.
 template <class S>
@@ -236,7 +247,7 @@ DRSL_PASS BlockGrad<S> finish_block(const CallInfo<S>& call, int64_t first, int6
   const Vec<S> weight = label_weights(call, first, n, labels);
   const Vec<S> tau = call.tau_rows ? read_rows<S>(call.tau_rows, first, n) : Vec<S>(S(t.tau));
 
-  const RowInput<Vec<S>> in{label_logit, tau, weight, rest_weight, rest_depth};
+  const RowInput<Vec<S>> in{label_logit, label_margins(call, n, labels), tau, weight, rest_weight, rest_depth};
   const RowLoss<Vec<S>> row = row_loss(call.params, stats, in);
   const Vec<S> loss = select(valid, row.loss, zero);
   sum.add(loss);

@@ -1,6 +1,7 @@
 // Chooses kernel and variant for a task. This file is compiled once per instruction set: DRSL_ISA names the set,
-// and with it the namespace of everything that the headers define. Relies on row_kernel.h and tile_kernel.h;
-// dispatch.cpp picks one of the resulting tables at run time.
+// and with it the namespace of everything that the headers define. Relies on row_kernel.h, tile_kernel.h and
+// activation.h; dispatch.cpp picks one of the resulting tables at run time.
+#include "activation.h"
 #include "row_kernel.h"
 #include "tile_kernel.h"
 
@@ -26,8 +27,12 @@ bool use_tiles(const Task& t) {
 
 template <class D, class S = Accumulator<D>>
 int64_t scratch_bytes_of(const Task& t) {
-  return sizeof(S) *
-         (use_tiles<D>(t) ? tile_scratch_elements<S>(t) : row_scratch_elements<D>(t.classes, t.grad != nullptr));
+  const bool tiles = use_tiles<D>(t), grad = t.grad != nullptr;
+  if (t.activation == Activation::softmax) {
+    return sizeof(S) * (tiles ? tile_scratch_elements<S>(t) : row_scratch_elements<D>(t.classes, grad));
+  }
+  const int64_t inner = tiles ? tile_scratch_elements<S>(t) : row_scratch_elements<S>(t.classes, grad);
+  return sizeof(S) * (block_elements<S>(t, block_strides<S>(t.classes, tiles)) + inner);
 }
 
 int64_t scratch_bytes(const Task& t) {
@@ -92,8 +97,30 @@ double run_typed(const Task& t, int64_t begin, int64_t end, void* scratch) {
   return run_terms<TermSet<false, false, false>, kGrad, D>(t, begin, end, scratch);
 }
 
+// With another activation than softmax.
+template <class D, bool kGrad>
+double run_transformed(const Task& t, int64_t begin, int64_t end, void* scratch) {
+  using S = Accumulator<D>;
+  const Call<D> call(t);
+  const bool tiles = use_tiles<D>(t);
+  const BlockStrides block = block_strides<S>(t.classes, tiles);
+  S *const logits = static_cast<S*>(scratch), *const workspace = logits + block_elements<S>(t, block);
+  double sum = 0;
+  for (int64_t row = begin; row < end; row += block.rows) {
+    const int64_t n = end - row < block.rows ? end - row : block.rows;
+    const TransformedTask<S> inner(t, row, n, block, logits);
+    const auto run = [&](const Task& task) { return run_typed<S, kGrad>(task, 0, n, workspace); };
+    sum += tiles ? transformed_tile<kGrad>(call, row, inner, run) : transformed_rows<kGrad>(call, row, inner, run);
+  }
+  return sum;
+}
+
 template <class D>
 double run_dtype(const Task& t, int64_t begin, int64_t end, void* scratch) {
+  if (t.activation != Activation::softmax) {
+    return t.grad ? run_transformed<D, true>(t, begin, end, scratch)
+                  : run_transformed<D, false>(t, begin, end, scratch);
+  }
   return t.grad ? run_typed<D, true>(t, begin, end, scratch) : run_typed<D, false>(t, begin, end, scratch);
 }
 

@@ -93,6 +93,7 @@ DRSL_DEVICE Part<S> sum_segment(const Segment<D>& segment, const S* class_weight
           }
         }
       }
+      transform<Terms>(z);
       take<Terms>(part, z, u, soft);
     }
   }
@@ -105,6 +106,7 @@ DRSL_DEVICE Part<S> sum_segment(const Segment<D>& segment, const S* class_weight
       z[j] = in_rest ? load_one(segment.logits + k * segment.logits_stride) : lowest;
       if constexpr (Terms::kWeightedMean) u[j] = in_rest ? class_weights[segment.first + k] : S(0);
     }
+    transform<Terms>(z);
     take<Terms>(part, z, u, soft);
   }
   return part;
@@ -169,10 +171,11 @@ template <class Terms, class D, class S = Accumulator<D>>
 DRSL_DEVICE void write_segment(const Segment<D>& segment, const S* class_weights, bool soft, const RowGrad<S>& row,
                                const uint4* cache, int cached) {
   constexpr int W = kPackWidth<D>;
-  const auto gradient_at = [&](S z, int64_t k) {
+  const auto gradient_at = [&](S logit, int64_t k) {
     S u = 0;
     if constexpr (Terms::kWeightedMean) u = class_weights[segment.first + k];
-    return gradient<Terms>(row, z, row_exp(z - row.shift), u, soft);
+    const S z = transformed<Terms>(logit);
+    return gradient<Terms>(row, z, row_exp(z - row.shift), u, soft) * slope_at<Terms>(z);
   };
   const int step = kChunk * int(blockDim.x);
   const int chunks = (segment.packs + step - 1) / step;
@@ -260,7 +263,9 @@ __global__ void __launch_bounds__(kBlockThreads, block_residents(sizeof(Accumula
     if (threadIdx.x == 0) {
       const RowOffsets at = row_offsets(call.strides, row);
       const S label_logit =
-          y.number >= 0 ? load_one(call.logits + at.logits + y.number * call.strides.logits_class) : S(NAN);
+          y.number >= 0
+              ? transformed<Terms>(load_one(call.logits + at.logits + y.number * call.strides.logits_class))
+              : S(NAN);
       shared_row = finish_row<Terms>(call, row, y, label_logit, rest, scale, slice == 0, loss_sum);
       if (call.stats && slice == 0) write_part(call.stats + row * kSavedStats, rest);
     }

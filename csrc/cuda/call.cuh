@@ -9,11 +9,12 @@ namespace drsl {
 namespace cuda {
 
 // Which terms a call needs; each combination is compiled by itself.
-template <bool kSquaresNeeded, bool kMomentsNeeded, bool kWeightedMeanNeeded>
+template <bool kSquaresNeeded, bool kMomentsNeeded, bool kWeightedMeanNeeded, bool kIsTransformed = false>
 struct TermSet {
   static constexpr bool kSquares = kSquaresNeeded;  // A2, n, and the coefficient b
   static constexpr bool kMoments = kMomentsNeeded;  // h and V, and the coefficients c and d
   static constexpr bool kWeightedMean = kWeightedMeanNeeded;  // nu and U: smoothing with class weights
+  static constexpr bool kTransformed = kIsTransformed;  // another activation than softmax
 };
 
 constexpr int kMaxRowDims = 4;
@@ -58,7 +59,8 @@ struct Call {
 
   const D* logits;
   const int64_t* labels;
-  const S* class_weights;
+  const S *class_weights, *class_margins;
+  S label_margin;  // m where class_margins is null
   S tau;
   const S* tau_rows;
   int64_t tau_stride;
@@ -99,6 +101,11 @@ struct Call {
   // u_y; a wrong label counts like one of weight 1.
   DRSL_DEVICE S weight(int64_t row, const RowLabel& y) const {
     return class_weights && y.number >= 0 ? weights_of_row(row)[y.number] : S(1);
+  }
+
+  // m of a row; that of one without a class does not matter.
+  DRSL_DEVICE S margin_of(const RowLabel& y) const {
+    return class_margins && y.number >= 0 ? class_margins[y.number] : label_margin;
   }
 
   // What a row counts for in the mean.

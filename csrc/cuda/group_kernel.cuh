@@ -49,6 +49,7 @@ DRSL_DEVICE Part<S> group_stats(const Call<D>& call, const LaneClasses<D, L, E>&
   constexpr int W = LaneClasses<D, L, E>::kWidth;
   const S lowest = -infinity<S>();
   const S share = S(1) / S(call.classes > 2 ? call.classes - 1 : 1);
+  transform<Terms>(z);
   S max = lowest, count = 0, mean = 0;  // a sum of shares z_k / n cannot overflow
   DRSL_UNROLL
   for (int i = 0; i < E; ++i) {
@@ -117,7 +118,8 @@ DRSL_DEVICE void store_gradient(const Call<D>& call, const LaneClasses<D, L, E>&
       const int k = lane.at(pack, i);
       S u = 0;
       if constexpr (Terms::kWeightedMean) u = k < call.classes ? class_weights[k] : S(0);
-      g[i] = k == label ? coefficients.label : gradient<Terms>(coefficients, x, e, u, call.params.soft);
+      const S others = gradient<Terms>(coefficients, x, e, u, call.params.soft) * slope_at<Terms>(x);
+      g[i] = k == label ? coefficients.label : others;
     }
     if (call.packs) {
       const int k = lane.at(pack, 0);
@@ -151,7 +153,8 @@ __global__ void __launch_bounds__(group_threads(sizeof(Accumulator<D>), E, Terms
     const D* const logits = call.logits + at.logits;
     S z[E];
     load_row<D, L, E>(call, lane, logits, y.counts, z);
-    const S label_logit = y.number >= 0 ? load_one(logits + y.number * call.strides.logits_class) : S(NAN);
+    const S label_logit =
+        y.number >= 0 ? transformed<Terms>(load_one(logits + y.number * call.strides.logits_class)) : S(NAN);
     const S* const class_weights = call.weights_of_row(exists ? row : 0);
     const Part<S> rest = group_stats<Terms, D, L, E>(call, lane, y.number, class_weights, z);
     if (!exists) continue;

@@ -38,9 +38,14 @@ constexpr int group_threads(size_t accumulator_bytes, int elements, bool moments
 constexpr int kBlockThreads = 256;
 constexpr int block_residents(size_t accumulator_bytes, bool moments) { return 3 - (accumulator_bytes == 8) - moments; }
 
+// Whether the softmax is of transformed logits: such kernels are compiled with moments alone.
+constexpr bool is_transformed(const Task& t) { return t.activation != Activation::softmax; }
+
 // Whether kernels are to sum weights of classes, and moments. Smoothing has a term in the mean logit, as some distances.
 constexpr bool has_weighted_mean(const Task& t) { return t.soft || (t.smoothing > 0 && t.class_weights); }
-constexpr bool has_moments(const Task& t) { return t.soft || t.smoothing > 0 || needs_moments(t.distance); }
+constexpr bool has_moments(const Task& t) {
+  return is_transformed(t) || t.soft || t.smoothing > 0 || needs_moments(t.distance);
+}
 
 // Bytes of shared memory that a block uses besides what is asked for at the launch, rounded up.
 constexpr int64_t kOwnShared = 4096;

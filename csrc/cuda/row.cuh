@@ -19,6 +19,21 @@ DRSL_DEVICE float row_exp(float x) {
 }
 DRSL_DEVICE double row_exp(double x) { return ::exp(x); }
 
+// What the softmax is taken of.
+template <class Terms, class S>
+DRSL_DEVICE S transformed(S z) {
+  if constexpr (Terms::kTransformed) return sigsoftmax_logit(z);
+  else return z;
+}
+
+template <class Terms, int N, class S>
+DRSL_DEVICE void transform(S (&z)[N]) {
+  if constexpr (Terms::kTransformed) {
+    DRSL_UNROLL
+    for (int i = 0; i < N; ++i) z[i] = sigsoftmax_logit(z[i]);
+  }
+}
+
 // Statistics of some classes of the rest of a row. With TermSet::kWeightedMean: U and sum u_k (M - z_k), else 0.
 template <class S>
 struct Part {
@@ -149,6 +164,13 @@ struct RowGrad {
   S shift, a, b, c, offset, max, smooth, label;
 };
 
+// The slope of the transformation where it gave u.
+template <class Terms, class S>
+DRSL_DEVICE S slope_at(S u) {
+  if constexpr (Terms::kTransformed) return sigsoftmax_slope_from(u);
+  else return S(1);
+}
+
 // Losses and gradient of row `row`; `writes` says whether this thread is the one to write what is asked for and to add
 // to the sum of losses. `scale`: 1 / denominator of the mean. An ignored row gives zeros, a wrong label NaN.
 template <class Terms, class D, class S = Accumulator<D>>
@@ -156,7 +178,7 @@ DRSL_DEVICE RowGrad<S> finish_row(const Call<D>& call, int64_t row, const RowLab
                                   const Part<S>& rest, S scale, bool writes, double& loss_sum) {
   const RowStats<S>& stats = rest.stats;
   const S weight = call.weight(row, y);
-  RowInput<S> in{label_logit, call.strength(row), weight, stats.count, stats.depth};
+  RowInput<S> in{label_logit, call.margin_of(y), call.strength(row), weight, stats.count, stats.depth};
   if constexpr (Terms::kWeightedMean) {
     in.rest_weight = rest.weight;
     in.rest_depth = rest.weight == S(0) ? rest.weighted_depth : rest.weighted_depth / rest.weight;
@@ -187,10 +209,10 @@ DRSL_DEVICE RowGrad<S> finish_row(const Call<D>& call, int64_t row, const RowLab
           (flat ? S(0) : out.c * scale * stats.depth) - d,
           flat ? S(0) : stats.max,
           out.smooth * scale,
-          out.label * scale};
+          out.label * scale * slope_at<Terms>(label_logit)};
 }
 
-// The gradient at a class that is not the label. e = exp(z - shift). A masked class has one where it has a probability.
+// The gradient at a class that is not the label, by the transformed logit z. e = exp(z - shift). A masked class has one where it has a probability.
 template <class Terms, class S>
 DRSL_DEVICE S gradient(const RowGrad<S>& row, S z, S e, S u, bool soft) {
   S g = e * row.a;

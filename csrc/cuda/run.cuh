@@ -86,7 +86,7 @@ Call<D> make_call(const DeviceTask& task, const Plan& plan) {
   const Task& t = task.task;
   char* const scratch = static_cast<char*>(task.scratch);
   Call<D> call{};
-  call.params = {t.truth, t.distance, S(t.q), S(t.scale), S(t.margin), S(t.smoothing), t.soft};
+  call.params = {t.truth, t.distance, S(t.q), S(t.threshold), S(t.scale), S(t.smoothing), t.soft};
   call.rows = t.rows;
   call.ignore_index = t.ignore_index;
   call.classes = int(t.classes);
@@ -94,6 +94,8 @@ Call<D> make_call(const DeviceTask& task, const Plan& plan) {
   call.logits = static_cast<const D*>(t.logits);
   call.labels = t.labels;
   call.class_weights = static_cast<const S*>(t.class_weights);
+  call.class_margins = static_cast<const S*>(t.class_margins);
+  call.label_margin = S(t.margin);
   call.tau = S(t.tau);
   call.tau_rows = static_cast<const S*>(t.tau_rows);
   call.tau_stride = t.tau_stride;
@@ -170,7 +172,11 @@ const char* run_format(const DeviceTask& task, const Plan& plan, cudaStream_t st
     launch(weight_kernel<D>, plan.weight_blocks, kWeightThreads, 0, call, static_cast<double*>(task.scratch));
   }
   const bool known = task.stats_known;
-  if (has_weighted_mean(t)) launch_terms<TermSet<true, true, true>>(call, plan, known, launch);
+  if (is_transformed(t) && has_weighted_mean(t)) {
+    launch_terms<TermSet<true, true, true, true>>(call, plan, known, launch);
+  } else if (is_transformed(t)) {
+    launch_terms<TermSet<true, true, false, true>>(call, plan, known, launch);
+  } else if (has_weighted_mean(t)) launch_terms<TermSet<true, true, true>>(call, plan, known, launch);
   else if (has_moments(t)) launch_terms<TermSet<true, true, false>>(call, plan, known, launch);
   else if (needs_squares(t.distance)) launch_terms<TermSet<true, false, false>>(call, plan, known, launch);
   else launch_terms<TermSet<false, false, false>>(call, plan, known, launch);

@@ -26,8 +26,10 @@ from .._version import __version__
 from ..spec import BACKENDS, LossSpec, LossStats, check_backend_name, inside_function_transform, watches_operators
 from . import cpp
 
+# (logits, y, tau, weight, spec, return_stats, margins)
 Backend: TypeAlias = Callable[
-    [Tensor, Tensor, "Tensor | float", "Tensor | None", LossSpec, bool], tuple[Tensor, "LossStats | None"]
+    [Tensor, Tensor, "Tensor | float", "Tensor | None", LossSpec, bool, "Tensor | None"],
+    tuple[Tensor, "LossStats | None"],
 ]
 
 VARIABLE: Final = "DRSL_KERNELS_BACKEND"

@@ -15,8 +15,11 @@ from torch import Tensor
 from .. import reference_op  # noqa: F401  (registers what csrc/ops.cpp calls)
 from ..spec import LossSpec, LossStats, SpecCodes, check_tensors
 
-# (logits, y, weight, tau, codes, return_stats) -> the loss; with return_stats a pair of it and statistics, (3, ...)
-Function: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | float", SpecCodes, bool], Any]
+# (logits, y, weight, margins, tau, codes, return_stats) -> the loss; with return_stats a pair of it and
+# statistics, (3, ...)
+Function: TypeAlias = Callable[
+    [Tensor, Tensor, "Tensor | None", "Tensor | None", "Tensor | float", SpecCodes, bool], Any
+]
 
 
 def backend(function: Function) -> Callable[..., tuple[Tensor, LossStats | None]]:
@@ -29,14 +32,15 @@ def backend(function: Function) -> Callable[..., tuple[Tensor, LossStats | None]
         weight: Tensor | None,
         spec: LossSpec,
         return_stats: bool = False,
+        margins: Tensor | None = None,
     ) -> tuple[Tensor, LossStats | None]:
         """The loss that `spec` names, and per-row statistics if asked for."""
         try:
-            result = function(logits, y, weight, tau, spec.codes, return_stats)
+            result = function(logits, y, weight, margins, tau, spec.codes, return_stats)
         except (RuntimeError, ValueError, IndexError, TypeError):
             # The function only detects; the words, with argument and value, are in one place.
             if not spec.soft:  # of class probabilities only the parts arrive here; they are checked before
-                check_tensors(logits, y, tau, weight, spec)
+                check_tensors(logits, y, tau, weight, spec, margins)
             raise
         if not return_stats:
             return result, None

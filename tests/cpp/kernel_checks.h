@@ -19,16 +19,16 @@ constexpr drsl::Distance kDistances[] = {
 constexpr drsl::Distance kSoftDistances[] = {drsl::Distance::none, drsl::Distance::uniform, drsl::Distance::kl_softmax};
 constexpr Place kPlaces[] = {Place::heap, Place::before_guard, Place::after_guard};
 
-inline char running[500];  // the problem at hand, for messages
+inline char running[600];  // the problem at hand, for messages
 
 inline void describe(const char* kernels, const Problem& p, Kind kind, Place place) {
   const Choice& c = p.choice;
   std::snprintf(
       running, sizeof(running),
       "%s %s: %d rows, %d classes, layout %d, place %d, truth %d, distance %d, smoothing %g, scale %g, margin %g, "
-      "class weights %d, probabilities %d, tau per row %d, gradient %d, upstream stride %d, outputs %d",
+      "threshold %g, activation %d, class weights %d, class margins %d, probabilities %d, tau per row %d, gradient %d, upstream stride %d, outputs %d",
       kernels, name_of(c.dtype), int(p.task.rows), int(p.task.classes), int(kind), int(place), int(c.truth),
-      int(c.distance), c.smoothing, c.scale, c.margin, c.class_weights, c.soft, c.tau_rows, c.grad, c.upstream_stride,
+      int(c.distance), c.smoothing, c.scale, c.margin, c.threshold, int(c.activation), c.class_weights, c.class_margins, c.soft, c.tau_rows, c.grad, c.upstream_stride,
       int(c.outputs));
 }
 
@@ -117,6 +117,8 @@ inline Choice random_choice(check::Random& random, DType dtype) {
   c.q = random.uniform(0.05, 1);
   if (random.chance(0.3)) c.scale = random.uniform(0.5, 2);
   if (random.chance(0.3)) c.margin = random.uniform(-1, 1);
+  c.class_margins = random.chance(0.15);
+  if (c.truth == drsl::Truth::gce && random.chance(0.4)) c.threshold = random.uniform(0.01, 0.9);
   c.class_weights = random.chance(0.4);
   if (random.chance(0.15)) {
     c.soft = true;
@@ -124,6 +126,7 @@ inline Choice random_choice(check::Random& random, DType dtype) {
     c.distance = random.pick(kSoftDistances);
     c.scale = 1;
     c.smoothing = c.margin = 0;
+    c.class_margins = false;
   }
   c.tau_rows = random.chance(0.4);
   c.grad = random.chance(0.8);
@@ -134,6 +137,7 @@ inline Choice random_choice(check::Random& random, DType dtype) {
   c.nan = random.pick(kShares) / 2;
   c.spread = random.pick(kSpreads);
   c.offset = random.pick(kOffsets);
+  if (random.chance(0.2) && c.offset > -1e4) c.activation = drsl::Activation::sigsoftmax;
   c.ignore_index = random.chance(0.5) ? -100 : random.below(3);
   return c;
 }

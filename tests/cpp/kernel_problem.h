@@ -164,8 +164,9 @@ struct Choice {
   DType dtype = DType::float32;
   drsl::Truth truth = drsl::Truth::ce;
   drsl::Distance distance = drsl::Distance::none;
-  double smoothing = 0, q = 0.7, scale = 1, margin = 0;
-  bool class_weights = false, soft = false, tau_rows = false, grad = true;
+  drsl::Activation activation = drsl::Activation::softmax;
+  double smoothing = 0, q = 0.7, threshold = 0, scale = 1, margin = 0;
+  bool class_weights = false, class_margins = false, soft = false, tau_rows = false, grad = true;
   int upstream_stride = -1;  // -1: no upstream gradient
   uint64_t outputs = 31;     // bits: loss, cross entropy, distance, margin, gradient to tau
   double ignored = 0, masked = 0, nan = 0;  // shares of rows, of logits, of rows
@@ -186,7 +187,9 @@ class Problem {
     task.dtype = choice.dtype;
     task.truth = choice.truth;
     task.distance = choice.distance;
+    task.activation = choice.activation;
     task.q = choice.q;
+    task.threshold = choice.threshold;
     task.scale = choice.scale;
     task.margin = choice.margin;
     task.smoothing = choice.smoothing;
@@ -202,6 +205,7 @@ class Problem {
     task.soft = choice.soft;
     if (choice.soft) task.class_weights = numbers(random, rows * classes, 0, 1);
     else if (choice.class_weights) task.class_weights = numbers(random, classes, 0, 2);
+    if (choice.class_margins) task.class_margins = numbers(random, classes, -1, 1);
     if (choice.tau_rows) task.tau_rows = numbers(random, rows, -1, 2);
     if (choice.upstream_stride >= 0) {
       task.upstream = numbers(random, choice.upstream_stride ? rows : 1, -2, 2);
@@ -222,15 +226,26 @@ class Problem {
   }
   std::vector<char> output_bytes() const { return bytes_of(outputs_); }
   bool inputs_unchanged() const { return bytes_of(inputs_) == inputs_before_; }
+  // What the softmax is taken of, and its derivative by the logit in memory.
   double logit(int64_t row, int64_t k) const {
-    return get(choice.dtype, task.logits, layout.offset(layout.logits, row) + k * layout.logits.class_stride);
+    const double z = in_memory(row, k);
+    if (choice.activation == drsl::Activation::softmax) return z;
+    return z > 0 ? z - std::log1p(std::exp(-z)) : 2 * z - std::log1p(std::exp(z));
   }
+  double slope(int64_t row, int64_t k) const {
+    return choice.activation == drsl::Activation::softmax ? 1 : 1 + 1 / (1 + std::exp(in_memory(row, k)));
+  }
+  double margin(int64_t k) const { return task.class_margins ? get(acc, task.class_margins, k) : task.margin; }
   double class_weight(int64_t row, int64_t k) const {
     if (!task.class_weights) return 1;
     return get(acc, task.class_weights, (task.soft ? row * task.classes : 0) + k);
   }
 
  private:
+  double in_memory(int64_t row, int64_t k) const {
+    return get(choice.dtype, task.logits, layout.offset(layout.logits, row) + k * layout.logits.class_stride);
+  }
+
   using Buffers = std::vector<std::unique_ptr<Buffer>>;
   Place place_;
   Buffers inputs_, outputs_;

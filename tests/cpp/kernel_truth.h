@@ -139,29 +139,34 @@ inline ExpectedRow expected_row(const Problem& problem, int64_t row) {
     out.grad.assign(size_t(classes), Expected{0, 0});
     if (r.lost && !out.any_nan) {
       for (int64_t k = 0; k < classes; ++k) {
-        const double g = (k == y ? r.U : -problem.class_weight(row, k)) * grad_scale;
+        const double g = (k == y ? r.U : -problem.class_weight(row, k)) * problem.slope(row, k) * grad_scale;
         out.grad[size_t(k)] = truth::stored(problem.choice.dtype, g, std::fabs(g) * round.sums);
       }
     }
     return out;
   }
-  const drsl::LossParams<double> params{t.truth,           t.distance,           rounded(t.q), rounded(t.scale),
-                                        rounded(t.margin), rounded(t.smoothing), t.soft};
+  const drsl::LossParams<double> params{t.truth,          t.distance,           rounded(t.q), rounded(t.threshold),
+                                        rounded(t.scale), rounded(t.smoothing), t.soft};
+  const double margin = rounded(problem.margin(y));
   const double tau = rounded(t.tau_rows ? get(problem.acc, t.tau_rows, row) : t.tau);
   const double u = problem.class_weight(row, y), penalty_weight = t.soft ? 1 : u;
-  auto loss = drsl::row_loss(params, s, drsl::RowInput<double>{r.label, tau, u, r.U, r.weighted_depth});
+  auto loss = drsl::row_loss(params, s, drsl::RowInput<double>{r.label, margin, tau, u, r.U, r.weighted_depth});
 
   // Absolute error of delta, which is the relative one of p and w; errors of h, V and kappa.
-  const double eps = round.eps, target = params.scale * r.label - params.margin;
+  const double eps = round.eps, target = params.scale * r.label - margin;
   const bool finite = std::isfinite(target);  // else the label is at -inf
   const double log_sum = std::log(s.sum_exp);
-  const bool plain = params.scale == 1 && params.margin == 0;  // else the rounding of the target counts
-  const double in_delta = round.sums * (1 + log_sum) + (plain || !finite ? 0 : 2 * eps * (std::fabs(target) + 1));
+  const bool plain = params.scale == 1 && margin == 0;  // else the rounding of the target counts
+  // Transformed logits are rounded, each to within a few ulp.
+  const bool transforms = t.activation != drsl::Activation::softmax;
+  const double moved = transforms ? 4 * eps * (r.size + (finite ? std::fabs(r.label) : 0) + 1) : 0;
+  const double in_delta = 2 * moved + round.sums * (1 + log_sum) + (plain || !finite ? 0 : 2 * eps * (std::fabs(target) + 1));
   const double relative = 3 * in_delta + round.sums;
-  const double in_depth = round.sums * (s.depth + r.weighted_depth);
+  const double in_depth = 2 * moved + round.sums * (s.depth + r.weighted_depth);
   // V is found around a rounded mean; what that adds is taken off again.
   const double first_mean = round.sums * r.size;
-  const double in_variance = round.sums * (s.variance + s.count * first_mean * first_mean);
+  const double in_variance = round.sums * (s.variance + s.count * first_mean * first_mean) +
+                             2 * moved * (std::sqrt(s.count * s.variance) + s.count * moved);
   const double in_kappa = in_delta + in_depth;
 
   const double delta = (s.max - target) + log_sum, kappa = s.depth + log_sum;
@@ -178,7 +183,7 @@ inline ExpectedRow expected_row(const Problem& problem, int64_t row) {
   const double B = weighted ? share * r.U : 0;
   const double A = weighted ? (t.soft ? 0 : 1 - params.smoothing) * u + share * (u + r.U) : u;
   const auto term =
-      drsl::truth_term(params, drsl::label_odds(s, drsl::log_(s.sum_exp), r.label, params.scale, params.margin));
+      drsl::truth_term(params, drsl::label_odds(s, drsl::log_(s.sum_exp), r.label, params.scale, margin));
   double in_loss =
       A * (std::fabs(term.value) * relative + (t.truth == drsl::Truth::log_odds ? in_delta + 2 * steps : 0));
   in_loss += B * (in_kappa + in_delta + 2 * steps);
@@ -190,20 +195,20 @@ inline ExpectedRow expected_row(const Problem& problem, int64_t row) {
   out.loss = {loss.loss, in_loss + 8 * round.tiny};
   out.cross_entropy = {loss.cross_entropy, in_cross_entropy + 8 * round.tiny};
   out.distance = {loss.distance, in_distance + round.tiny};
-  out.margin = {loss.margin, eps * std::fabs(loss.margin)};
+  out.margin = {loss.margin, eps * std::fabs(loss.margin) + 2 * moved};
   out.tau_grad = {loss.tau_slope, (in_distance + eps * std::fabs(loss.distance)) * penalty_weight + 8 * round.tiny};
 
   const double d_delta = A * term.d_delta * (1 + steps) + B + strength * size.d_delta;
   const double a = d_delta + B + strength * (size.d_kappa + 2 * rho * size.d_rho);
   for (int64_t k = 0; k < classes; ++k) {
-    const double z = problem.logit(row, k);
+    const double z = problem.logit(row, k), scaled = problem.slope(row, k) * grad_scale;
     if (k == y) {
       const double slack = params.scale * d_delta * relative + 8 * round.tiny;
-      out.grad.push_back(truth::stored(problem.choice.dtype, loss.label * grad_scale, slack * std::fabs(grad_scale)));
+      out.grad.push_back(truth::stored(problem.choice.dtype, loss.label * scaled, slack * std::fabs(scaled)));
       continue;
     }
     if (z == -kInf) {
-      const double lost = t.soft ? -problem.class_weight(row, k) * grad_scale : 0;
+      const double lost = t.soft ? -problem.class_weight(row, k) * scaled : 0;
       out.grad.push_back(truth::stored(problem.choice.dtype, lost, std::fabs(lost) * round.sums));
       continue;
     }
@@ -213,7 +218,8 @@ inline ExpectedRow expected_row(const Problem& problem, int64_t row) {
     slack += round.tiny * (1 + a);
     slack += std::fabs(loss.c) * (in_depth + round.sums * (s.max - z)) +
              (std::fabs(loss.d) + loss.smooth * share_of_k) * round.sums;
-    out.grad.push_back(truth::stored(problem.choice.dtype, g * grad_scale, slack * std::fabs(grad_scale)));
+    if (transforms) slack += (std::fabs(g) + std::fabs(loss.c) * s.depth) * 4 * eps + 2 * std::fabs(loss.c) * moved + round.tiny;
+    out.grad.push_back(truth::stored(problem.choice.dtype, g * scaled, slack * std::fabs(scaled)));
   }
   return out;
 }

@@ -41,6 +41,22 @@ void test_all_losses(DType dtype) {
       check_problem(random, c, Kind::contiguous, classes > 1000 ? 3 : 9, classes, {});
     }
   }
+  for (const Truth truth : kTruths) {
+    for (const Distance distance : kDistances) {
+      for (const int64_t classes : {2, 10, 1100}) {
+        if (check::kSanitized && classes == 2) continue;
+        Choice c;
+        c.dtype = dtype;
+        c.truth = truth;
+        c.distance = distance;
+        c.activation = Activation::sigsoftmax;
+        c.threshold = truth == Truth::gce ? 0.3 : 0;
+        c.class_margins = true;
+        c.masked = 0.05;
+        check_problem(random, c, Kind::contiguous, classes > 1000 ? 2 : 9, classes, {});
+      }
+    }
+  }
 }
 
 // Around every threshold of the tables: lanes times elements, packs, chunks.

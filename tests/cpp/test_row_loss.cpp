@@ -183,8 +183,8 @@ Rest<T> rest_of(const Row& row) {
 template <class T>
 RowLoss<T> loss_of(const Row& row, const Rest<T>& rest) {
   const LossParams<double>& p = row.params;
-  const LossParams<T> params{p.truth, p.distance, T(p.q), T(p.scale), T(p.margin), T(p.smoothing), p.soft};
-  return row_loss(params, rest.stats, {T(row.logits[row.label]), T(row.tau), T(row.weight), rest.weight, rest.depth});
+  const LossParams<T> params{p.truth, p.distance, T(p.q), T(p.threshold), T(p.scale), T(p.smoothing), p.soft};
+  return row_loss(params, rest.stats, {T(row.logits[row.label]), T(row.margin), T(row.tau), T(row.weight), rest.weight, rest.depth});
 }
 
 template <class T>
@@ -236,21 +236,23 @@ void check_row(const Row& row, const textbook::Loss& want, const std::vector<Rea
 struct Variant {
   double q, scale, margin, smoothing, tau, weight;
   bool class_weights, masked, soft = false;
+  double threshold = 0;
 };
 
 constexpr Variant kVariants[] = {
     {0.7, 1, 0, 0, 0.5, 1, false, false},         {0.3, 1.5, 0.35, 0, -0.75, 1.75, true, true},
     {1, 0.5, -0.25, 0, 2, 0.3, true, false},      {0.7, 1, 0, 0.1, 0.5, 1, false, true},
     {0.7, 2, 0.5, 0.3, 1.25, 0.7, true, false},   {0.7, 1, 0.2, 1, -0.5, 1.5, true, true},
-    {0.7, 1, 0, 0, 0.75, 0.6, true, false, true},
+    {0.7, 1, 0, 0, 0.75, 0.6, true, false, true}, {0.7, 1, 0.1, 0, 0.5, 1.2, false, true, false, 0.3},
 };
 
 Row random_row(check::Random& random, const Variant& v, Truth truth, Distance distance, int classes, double spread) {
-  Row row{{truth, distance, float(v.q), float(v.scale), float(v.margin), float(v.smoothing), v.soft},
+  Row row{{truth, distance, float(v.q), float(v.threshold), float(v.scale), float(v.smoothing), v.soft},
           {},
           0,
           float(v.tau),
           float(v.weight),
+          float(v.margin),
           {}};
   row.label = int(random.below(classes));
   for (int k = 0; k < classes; ++k) {
@@ -291,7 +293,7 @@ void test_saturation(double lowest_delta, double tolerance) {
   for (const int classes : {2, 10, 100}) {
     for (const double offset : {0.0, 1e4, -1e4}) {
       for (double delta = -1; delta >= lowest_delta; delta += lowest_delta / 230) {
-        Row row{{Truth::ce, Distance::uniform, 0.75, 1, 0, 0, false}, {}, 0, 0, 1, {}};
+        Row row{{Truth::ce, Distance::uniform, 0.75, 0, 1, 0, false}, {}, 0, 0, 1, 0, {}};
         for (int k = 0; k < classes; ++k) row.logits.push_back(random_logit(random, offset, 1));
         row.label = int(random.below(classes));
         row.logits[row.label] = static_cast<float>(offset + std::log(classes) - delta);
@@ -331,7 +333,7 @@ bool no_nan(const RowLoss<float>& x) {
 
 void test_border_cases(Truth truth, Distance distance, double smoothing, bool class_weights) {
   const auto row_of = [&](std::vector<double> z) {
-    Row row{{truth, distance, 0.7f, 1, 0, smoothing, false}, z, 0, 0.5, 1.25, {}};
+    Row row{{truth, distance, 0.7f, 0, 1, smoothing, false}, z, 0, 0.5, 1.25, 0, {}};
     if (class_weights) row.class_weights.assign(z.size(), 0.75);
     return row;
   };
@@ -379,7 +381,7 @@ void test_border_cases(Truth truth, Distance distance, double smoothing, bool cl
 // Class probabilities: certainty about one class is its label, and probability of a masked class is never forgiven.
 void test_soft_border_cases() {
   const auto row_of = [](std::vector<double> z, std::vector<double> q) {
-    return Row{{Truth::ce, Distance::none, 0.7, 1, 0, 0, true}, z, 0, 0, q[0], q};
+    return Row{{Truth::ce, Distance::none, 0.7, 0, 1, 0, true}, z, 0, 0, q[0], 0, q};
   };
   for (const double high : {0.0, 5.0, 40.0, 80.0}) {
     const std::vector<double> z{high, 0.5, -1, 0.25};

@@ -2,6 +2,7 @@
 // statistics of csrc/row_loss.h. For test_row_loss.cpp, which differentiates them numerically.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -16,7 +17,7 @@ struct Row {
   drsl::LossParams<double> params;
   std::vector<double> logits;
   int label;
-  double tau, weight;                 // weight: u_y
+  double tau, weight, margin;         // weight: u_y
   std::vector<double> class_weights;  // empty: all 1; with params.soft the class probabilities
 };
 
@@ -31,7 +32,7 @@ inline Loss loss(const Row& row, const std::vector<Real>& logits) {
   const int classes = static_cast<int>(logits.size());
   const auto masked = [&](int k) { return k != row.label && logits[k] == -INFINITY; };
   std::vector<Real> shown = logits;  // what the softmax sees
-  shown[row.label] = Real(row.params.scale) * logits[row.label] - Real(row.params.margin);
+  shown[row.label] = Real(row.params.scale) * logits[row.label] - Real(row.margin);
   Real top = -INFINITY;
   for (const Real z : shown) top = z > top ? z : top;
   Real total = 0;
@@ -58,7 +59,8 @@ inline Loss loss(const Row& row, const std::vector<Real>& logits) {
       out.loss = -log_right;
       break;
     case drsl::Truth::gce:
-      out.loss = -std::expm1(Real(row.params.q) * log_right) / Real(row.params.q);
+      out.loss = -std::expm1(Real(row.params.q) * std::max(log_right, std::log(Real(row.params.threshold)))) /
+                 Real(row.params.q);
       break;
     case drsl::Truth::mae:
       out.loss = 2 * wrong;

@@ -32,13 +32,14 @@ def softmax_loss(
     weight: Tensor | None,
     spec: LossSpec,
     return_stats: bool = False,
+    margins: Tensor | None = None,
 ) -> tuple[Tensor, LossStats | None]:
     """The loss that `spec` names, and per-row statistics if asked for."""
-    if not spec.soft and not _plainly_right(logits, y, tau, weight):
-        check_tensors(logits, y, tau, weight, spec)
+    if not spec.soft and not (margins is None and _plainly_right(logits, y, tau, weight)):
+        check_tensors(logits, y, tau, weight, spec, margins)
     classes = logits.shape[class_dim(logits)]
     if logits.numel() == 0:
-        return reference.softmax_loss(logits, y, tau, weight, spec, return_stats)
+        return reference.softmax_loss(logits, y, tau, weight, spec, return_stats, margins)
     if classes > MAX_CLASSES:
         raise NotImplementedError(f"logits have {classes} classes, backend='triton' takes at most {MAX_CLASSES}")
     logits = logits.resolve_neg()
@@ -48,15 +49,19 @@ def softmax_loss(
     labels = y.resolve_neg().to(torch.int64).contiguous()
     if weight is not None:
         weight = weight.detach().resolve_neg().to(acc).contiguous()
+    if margins is not None:
+        margins = margins.detach().resolve_neg().to(acc).contiguous()
     tau_tensor, tau_value = (tau, 0.0) if isinstance(tau, Tensor) else (None, tau)
     if tau_tensor is not None and spec.distance is None:
         tau_tensor = None
 
     with _on_device(logits):
         if torch.is_grad_enabled() and (logits.requires_grad or (tau_tensor is not None and tau_tensor.requires_grad)):
-            loss, reports = _SoftmaxLoss.apply(logits, tau_tensor, labels, weight, tau_value, spec, return_stats)  # type: ignore[no-untyped-call]
+            loss, reports = _SoftmaxLoss.apply(  # type: ignore[no-untyped-call]
+                logits, tau_tensor, labels, weight, margins, tau_value, spec, return_stats
+            )
         else:
-            call = _Call(logits, tau_tensor, labels, weight, tau_value, spec)
+            call = _Call(logits, tau_tensor, labels, weight, margins, tau_value, spec)
             loss, reports = call.outputs(return_stats)
             run(call.task)
     # An unbatched row may come with a target of shape (1,): the loss is a scalar all the same.
@@ -102,6 +107,7 @@ class _Call:
         tau: Tensor | None,
         labels: Tensor,
         weight: Tensor | None,
+        margins: Tensor | None,
         tau_value: float,
         spec: LossSpec,
     ) -> None:
@@ -117,6 +123,7 @@ class _Call:
             logits=logits.detach(),
             labels=labels,
             weight=weight,
+            margins=margins,
             tau=tau_rows,
             tau_value=tau_value if penalised else 0.0,
             spec=spec,
@@ -156,11 +163,12 @@ class _SoftmaxLoss(torch.autograd.Function):
         tau: Tensor | None,
         labels: Tensor,
         weight: Tensor | None,
+        margins: Tensor | None,
         tau_value: float,
         spec: LossSpec,
         return_stats: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        call = _Call(logits, tau, labels, weight, tau_value, spec)
+        call = _Call(logits, tau, labels, weight, margins, tau_value, spec)
         task = call.task
         loss, reports = call.outputs(return_stats)
         ctx.set_materialize_grads(False)
@@ -174,7 +182,7 @@ class _SoftmaxLoss(torch.autograd.Function):
             task.tau_grad = call.empty(labels.numel())
             task.distance_code = spec.distance_code
         run(task)
-        ctx.save_for_backward(logits, tau, labels, weight)
+        ctx.save_for_backward(logits, tau, labels, weight, margins)
         ctx.tau_value, ctx.spec = tau_value, spec
         ctx.grad, ctx.saved, ctx.tau_grad, ctx.denominator = task.grad, task.saved, task.tau_grad, task.denominator
         ctx.distance_code = task.distance_code
@@ -184,17 +192,17 @@ class _SoftmaxLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 5
+        nothing = (None,) * 6
         if upstream is None:
             return None, None, *nothing
-        logits, tau, labels, weight = ctx.saved_tensors
+        logits, tau, labels, weight, margins = ctx.saved_tensors
         if torch.is_grad_enabled() or watches_operators() or _is_batch(upstream):
-            return *_differentiable(ctx, logits, tau, labels, weight, upstream), *nothing
+            return *_differentiable(ctx, logits, tau, labels, weight, margins, upstream), *nothing
         upstream = _single_or_rows(upstream.resolve_neg())
         logits_grad = tau_grad = None
         with _on_device(logits):
             if ctx.needs_input_grad[0]:
-                logits_grad = _logits_gradient(ctx, logits, tau, labels, weight, upstream)
+                logits_grad = _logits_gradient(ctx, logits, tau, labels, weight, margins, upstream)
             if ctx.needs_input_grad[1]:
                 rows = ctx.tau_grad * upstream.to(ctx.tau_grad.dtype)
                 if ctx.denominator is not None:
@@ -219,9 +227,15 @@ def _single_or_rows(upstream: Tensor) -> Tensor:
 
 
 def _logits_gradient(
-    ctx: Any, logits: Tensor, tau: Tensor | None, labels: Tensor, weight: Tensor | None, upstream: Tensor
+    ctx: Any,
+    logits: Tensor,
+    tau: Tensor | None,
+    labels: Tensor,
+    weight: Tensor | None,
+    margins: Tensor | None,
+    upstream: Tensor,
 ) -> Tensor:
-    task = _Call(logits, tau, labels, weight, ctx.tau_value, ctx.spec).task
+    task = _Call(logits, tau, labels, weight, margins, ctx.tau_value, ctx.spec).task
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     task.upstream = upstream.to(acc)
     task.distance_code = ctx.distance_code  # as in the pass that saved the statistics
@@ -238,13 +252,21 @@ def _logits_gradient(
 
 
 def _differentiable(
-    ctx: Any, logits: Tensor, tau: Tensor | None, labels: Tensor, weight: Tensor | None, upstream: Tensor
+    ctx: Any,
+    logits: Tensor,
+    tau: Tensor | None,
+    labels: Tensor,
+    weight: Tensor | None,
+    margins: Tensor | None,
+    upstream: Tensor,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients that can be differentiated again, or under transforms, through the reference."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         y = labels if logits.dim() == 1 else labels.reshape(logits.shape[0], *logits.shape[2:])
-        loss, _ = reference.softmax_loss(logits, y, ctx.tau_value if tau is None else tau, weight, ctx.spec)
+        loss, _ = reference.softmax_loss(
+            logits, y, ctx.tau_value if tau is None else tau, weight, ctx.spec, margins=margins
+        )
         pairs = zip((logits, tau), ctx.needs_input_grad[:2], strict=True)
         inputs = [t for t, needed in pairs if needed and t is not None]
         found = iter(

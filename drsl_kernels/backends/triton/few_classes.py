@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from .row_loss import needs_moments, needs_squares, row_stats_of, spread
+from .row_loss import needs_moments, needs_squares, row_stats_of, spread, transformed
 from .steps import (
     class_gradient,
     class_index,
@@ -26,6 +26,7 @@ def rows_kernel(
     logits,
     labels,  # int64 (rows,)
     class_weights,  # ACC (classes,) or None; with SOFT (rows, classes)
+    class_margins,  # ACC (classes,) or None: margin
     tau,  # ACC, tau of row i at i * tau_step, or None: tau_value
     upstream,  # ACC, upstream gradient of row i at i * upstream_step, or None: 1
     parts,  # float64 (num_parts,), with MEAN == FROM_PARTS
@@ -51,6 +52,7 @@ def rows_kernel(
     num_parts: tl.int64,
     tau_value: tl.float64,
     q: tl.float64,
+    most: tl.float64,  # -log of the threshold of gce
     scale: tl.float64,
     margin: tl.float64,
     smoothing: tl.float64,
@@ -58,6 +60,7 @@ def rows_kernel(
     DISTANCE: tl.constexpr,
     SMOOTH: tl.constexpr,  # smoothing > 0, or SOFT
     SOFT: tl.constexpr,  # the target is class probabilities
+    ACTIVATION: tl.constexpr,
     MEAN: tl.constexpr,
     SKIP: tl.constexpr,  # return at once where the upstream gradient is 1
     FLAT: tl.constexpr,  # rows are outer_stride apart
@@ -100,6 +103,7 @@ def rows_kernel(
         start = row_start(row, inner, outer_stride, inner_stride, FLAT)
         known = spread(valid, True) & inside
         z = tl.load(logits + spread(start, True) + at, mask=known, other=-float("inf")).to(ACC)
+        z = transformed(z, ACTIVATION)
         label_column = class_index(y, classes)
         is_label = column == spread(label_column, True)
         u = 0.0
@@ -110,11 +114,11 @@ def rows_kernel(
         stats = row_stats_of(z, u, SQUARES, MOMENTS, WEIGHTED, SOFT)
         label_at = logits + start + label_column * class_stride
         label_logit = tl.load(label_at, mask=valid & (label_column >= 0), other=float("nan")).to(ACC)
-        label_logit = tl.where(valid, label_logit, 0.0)
+        label_logit = transformed(tl.where(valid, label_logit, 0.0), ACTIVATION)
         loss, gradient = finished_rows(
-            stats, label_logit, row, valid, y, tau, tau_value, tau_step, class_weights, classes, ignore_index,
-            q, scale, margin, smoothing, row_losses, reports, tau_grad, rows, row < rows, TRUTH, DISTANCE, SMOOTH,
-            WEIGHTED, SOFT, ACC,
+            stats, label_logit, row, valid, y, tau, tau_value, tau_step, class_weights, class_margins, classes,
+            ignore_index, q, most, scale, margin, smoothing, row_losses, reports, tau_grad, rows, row < rows,
+            TRUTH, DISTANCE, SMOOTH, WEIGHTED, SOFT, ACTIVATION, ACC,
         )  # fmt: skip
         loss_sum += loss.to(tl.float64)
         if grad is not None:
@@ -127,7 +131,7 @@ def rows_kernel(
             label = tl.where(valid, label, 0.0)
             g = class_gradient(
                 z, u, spread(a, True), spread(b, True), spread(c, True), spread(offset, True), spread(smooth, True),
-                spread(top, True), SQUARES, MOMENTS, WEIGHTED, SOFT,
+                spread(top, True), SQUARES, MOMENTS, WEIGHTED, SOFT, ACTIVATION,
             )  # fmt: skip
             # Read anew: a thread would have to keep where its labels are, bit by bit.
             y = tl.load(labels + row, mask=row < rows, other=ignore_index, cache_modifier=".ca")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from math import gcd
+from math import gcd, inf, log
 from typing import Any
 
 import torch
@@ -239,6 +239,7 @@ class Task:
         grad: as logits, written; None where no gradient is wanted.
         denominator: float64, one value: what the mean divides by. Written, or read where `denominator_known`.
         saved: acc (rows, slices, SAVED): statistics, written; or read where `saved_known`.
+        margins: acc, contiguous, (classes,): the classes' own margins; None for that of `spec`.
         skip_unit_upstream: do nothing where the upstream gradient is 1, for then `grad` is right already.
         loss, row_losses, reports, tau_grad: outputs, see the kernels.
     """
@@ -257,6 +258,7 @@ class Task:
     saved: Tensor | None = None
     saved_known: bool = False
     skip_unit_upstream: bool = False
+    margins: Tensor | None = None
     loss: Tensor | None = None
     row_losses: Tensor | None = None
     reports: Tensor | None = None
@@ -318,6 +320,7 @@ def run(task: Task) -> None:
         "logits": logits,
         "labels": task.labels,
         "class_weights": task.weight,
+        "class_margins": task.margins,
         "tau": task.tau,
         "upstream": task.upstream,
         "parts": parts,
@@ -342,6 +345,7 @@ def run(task: Task) -> None:
         "num_parts": num_parts,
         "tau_value": task.tau_value,
         "q": spec.q,
+        "most": -log(spec.threshold) if spec.threshold > 0.0 else inf,
         "scale": spec.scale,
         "margin": spec.margin,
         "smoothing": spec.label_smoothing,
@@ -349,6 +353,7 @@ def run(task: Task) -> None:
         "DISTANCE": task.distance_code,
         "SMOOTH": spec.soft or spec.label_smoothing > 0,
         "SOFT": spec.soft,
+        "ACTIVATION": spec.activation_code,
         "MEAN": mean,
         "SKIP": task.skip_unit_upstream,
         "FLAT": layout.flat,
@@ -403,7 +408,7 @@ def _denominator_parts(task: Task, rows: int, classes: int, programs: int) -> tu
 STATS_ARGUMENTS = (
     *("logits", "labels", "class_weights", "upstream", "rows", "classes", "ignore_index"),
     *("inner", "outer_stride", "inner_stride", "class_stride"),
-    *("DISTANCE", "SMOOTH", "SOFT", "SKIP", "FLAT", "WIDTH", "ACC"),
+    *("DISTANCE", "SMOOTH", "SOFT", "ACTIVATION", "SKIP", "FLAT", "WIDTH", "ACC"),
 )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .row_loss import largest, merge, merge_all, needs_moments, needs_squares, row_stats_of, summed, take
+from .row_loss import largest, merge, merge_all, needs_moments, needs_squares, row_stats_of, summed, take, transformed
 from .steps import (
     class_gradient,
     class_index,
@@ -70,7 +70,7 @@ def tile_stats(
 def slice_stats(
     row_logits, row, label, class_weights, classes, first, last, class_stride,
     WIDTH: tl.constexpr, SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.constexpr, SOFT: tl.constexpr,
-    ACC: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr, WORD: tl.constexpr,
+    ACTIVATION: tl.constexpr, ACC: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr, WORD: tl.constexpr,
 ):  # fmt: skip
     """Statistics of the classes [first, last) of a row, the label left out."""
     lowest = -float("inf")
@@ -83,7 +83,7 @@ def slice_stats(
     whole = whole_tiles_end(first, last, TILE)
     for start in range(first, whole, TILE):
         column, address = tile_of(row_logits, start, class_stride, WIDTH, PARTS, LANES, WORD)
-        z = tl.load(address).to(ACC)
+        z = transformed(tl.load(address).to(ACC), ACTIVATION)
         if COUNTED:
             bottom = tl.minimum(bottom, -largest(-z))
         if (label >= start) & (label < start + TILE):
@@ -95,7 +95,7 @@ def slice_stats(
     if whole < last:
         column, address = tile_of(row_logits, whole, class_stride, WIDTH, PARTS, LANES, WORD)
         inside = column < last
-        z = tl.load(address, mask=inside, other=lowest).to(ACC)
+        z = transformed(tl.load(address, mask=inside, other=lowest).to(ACC), ACTIVATION)
         z = tl.where(column == label, lowest, z)
         lanes = tile_stats(
             lanes, z, row, label, column, class_weights, inside, classes, SQUARES, MOMENTS, WEIGHTED, SOFT
@@ -119,20 +119,20 @@ def slice_stats(
 @triton.jit
 def tile_gradient(
     z, row, label, column, class_weights, inside, classes, coefficients,
-    SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.constexpr, SOFT: tl.constexpr,
+    SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.constexpr, SOFT: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     a, b, c, offset, smooth, _, top = coefficients
     u = 0.0
     if WEIGHTED:
         u = class_weights_at(class_weights, row, column, inside, column == label, classes, SOFT)
-    return class_gradient(z, u, a, b, c, offset, smooth, top, SQUARES, MOMENTS, WEIGHTED, SOFT)
+    return class_gradient(z, u, a, b, c, offset, smooth, top, SQUARES, MOMENTS, WEIGHTED, SOFT, ACTIVATION)
 
 
 @triton.jit
 def write_gradient(
     row_logits, row_grad, row, label, class_weights, classes, first, last, class_stride, grad_class, coefficients,
     WIDTH: tl.constexpr, SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.constexpr, SOFT: tl.constexpr,
-    ACC: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr, WORD: tl.constexpr,
+    ACTIVATION: tl.constexpr, ACC: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr, WORD: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the classes [first, last) of a row, last tile first: it was read last and is still in the cache."""
     TILE: tl.constexpr = PARTS * LANES * WORD
@@ -142,9 +142,11 @@ def write_gradient(
         column, address = tile_of(row_logits, whole, class_stride, WIDTH, PARTS, LANES, WORD)
         inside = column < last
         z = tl.load(address, mask=inside, other=-float("inf"), eviction_policy="evict_first").to(ACC)
+        z = transformed(z, ACTIVATION)
         g = tile_gradient(
-            z, row, label, column, class_weights, inside, classes, coefficients, SQUARES, MOMENTS, WEIGHTED, SOFT
-        )
+            z, row, label, column, class_weights, inside, classes, coefficients,
+            SQUARES, MOMENTS, WEIGHTED, SOFT, ACTIVATION,
+        )  # fmt: skip
         g = tl.where(column == label, label_gradient, g)
         _, grad_address = tile_of(row_grad, whole, grad_class, WIDTH, PARTS, LANES, WORD)
         tl.store(grad_address, g.to(row_grad.dtype.element_ty), mask=inside, eviction_policy="evict_first")
@@ -152,10 +154,11 @@ def write_gradient(
     for i in range(0, tiles):
         start = first + (tiles - 1 - i) * TILE
         column, address = tile_of(row_logits, start, class_stride, WIDTH, PARTS, LANES, WORD)
-        z = tl.load(address, eviction_policy="evict_first").to(ACC)
+        z = transformed(tl.load(address, eviction_policy="evict_first").to(ACC), ACTIVATION)
         g = tile_gradient(
-            z, row, label, column, class_weights, column >= 0, classes, coefficients, SQUARES, MOMENTS, WEIGHTED, SOFT
-        )
+            z, row, label, column, class_weights, column >= 0, classes, coefficients,
+            SQUARES, MOMENTS, WEIGHTED, SOFT, ACTIVATION,
+        )  # fmt: skip
         if (label >= start) & (label < start + TILE):
             g = tl.where(column == label, label_gradient, g)
         _, grad_address = tile_of(row_grad, start, grad_class, WIDTH, PARTS, LANES, WORD)
@@ -213,10 +216,10 @@ def saved_stats(saved, row, slices, SLICES_BLOCK: tl.constexpr):
 
 
 @triton.jit
-def label_logit_of(row_logits, label, valid, class_stride, ACC: tl.constexpr):
-    """z_y; NaN for a label that is no class, 0 for an ignored row."""
+def label_logit_of(row_logits, label, valid, class_stride, ACTIVATION: tl.constexpr, ACC: tl.constexpr):
+    """z_y, transformed; NaN for a label that is no class, 0 for an ignored row."""
     logit = tl.load(row_logits + label * class_stride, mask=label >= 0, other=float("nan")).to(ACC)
-    return tl.where(valid, logit, 0.0)
+    return transformed(tl.where(valid, logit, 0.0), ACTIVATION)
 
 
 @jit
@@ -224,6 +227,7 @@ def row_kernel(
     logits,
     labels,  # int64 (rows,)
     class_weights,  # ACC (classes,) or None; with SOFT (rows, classes)
+    class_margins,  # ACC (classes,) or None: margin
     tau,  # ACC, tau of row i at i * tau_step, or None: tau_value
     upstream,  # ACC, upstream gradient of row i at i * upstream_step, or None: 1
     parts,  # float64 (num_parts,), with MEAN == FROM_PARTS
@@ -249,6 +253,7 @@ def row_kernel(
     num_parts: tl.int64,
     tau_value: tl.float64,
     q: tl.float64,
+    most: tl.float64,  # -log of the threshold of gce
     scale: tl.float64,
     margin: tl.float64,
     smoothing: tl.float64,
@@ -256,6 +261,7 @@ def row_kernel(
     DISTANCE: tl.constexpr,
     SMOOTH: tl.constexpr,  # smoothing > 0, or SOFT
     SOFT: tl.constexpr,  # the target is class probabilities
+    ACTIVATION: tl.constexpr,
     MEAN: tl.constexpr,
     SKIP: tl.constexpr,  # return at once where the upstream gradient is 1
     FLAT: tl.constexpr,  # rows are outer_stride apart
@@ -285,15 +291,15 @@ def row_kernel(
         end = slice_end(classes, classes, valid, WIDTH)  # an ignored row is not read
         stats = slice_stats(
             row_logits, row, label, class_weights, classes, 0, end, class_stride,
-            WIDTH, SQUARES, MOMENTS, WEIGHTED, SOFT, ACC, PARTS, LANES, WORD,
+            WIDTH, SQUARES, MOMENTS, WEIGHTED, SOFT, ACTIVATION, ACC, PARTS, LANES, WORD,
         )  # fmt: skip
         if saved is not None:
             save_stats(saved, row, stats)
-        label_logit = label_logit_of(row_logits, label, valid, class_stride, ACC)
+        label_logit = label_logit_of(row_logits, label, valid, class_stride, ACTIVATION, ACC)
         loss, gradient = finished_rows(
-            stats, label_logit, row, valid, y, tau, tau_value, tau_step, class_weights, classes, ignore_index,
-            q, scale, margin, smoothing, row_losses, reports, tau_grad, rows, row >= 0, TRUTH, DISTANCE, SMOOTH,
-            WEIGHTED, SOFT, ACC,
+            stats, label_logit, row, valid, y, tau, tau_value, tau_step, class_weights, class_margins, classes,
+            ignore_index, q, most, scale, margin, smoothing, row_losses, reports, tau_grad, rows, row >= 0,
+            TRUTH, DISTANCE, SMOOTH, WEIGHTED, SOFT, ACTIVATION, ACC,
         )  # fmt: skip
         if losses is not None:
             tl.store(losses + row, loss.to(tl.float64))
@@ -302,7 +308,7 @@ def row_kernel(
             coefficients = scaled_gradient(gradient, stats, row, upstream, upstream_step, divisor, row >= 0, ACC)
             write_gradient(
                 row_logits, row_grad, row, label, class_weights, classes, 0, end, class_stride, grad_class,
-                coefficients, WIDTH, SQUARES, MOMENTS, WEIGHTED, SOFT, ACC, PARTS, LANES, WORD,
+                coefficients, WIDTH, SQUARES, MOMENTS, WEIGHTED, SOFT, ACTIVATION, ACC, PARTS, LANES, WORD,
             )  # fmt: skip
             last = slice_end(classes, classes, row >= 0, WIDTH)
             write_zeros(row_grad, end, last, grad_class, WIDTH, PARTS, LANES, WORD)
@@ -327,6 +333,7 @@ def stats_kernel(
     DISTANCE: tl.constexpr,
     SMOOTH: tl.constexpr,
     SOFT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     SKIP: tl.constexpr,  # return at once where the upstream gradient is 1
     FLAT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -352,7 +359,7 @@ def stats_kernel(
     row_logits = logits + row_start(row, inner, outer_stride, inner_stride, FLAT)
     stats = slice_stats(
         row_logits, row, label, class_weights, classes, first, last, class_stride,
-        WIDTH, SQUARES, MOMENTS, WEIGHTED, SOFT, ACC, PARTS, LANES, WORD,
+        WIDTH, SQUARES, MOMENTS, WEIGHTED, SOFT, ACTIVATION, ACC, PARTS, LANES, WORD,
     )  # fmt: skip
     save_stats(saved, row * slices + part, stats)
 
@@ -362,6 +369,7 @@ def gradient_kernel(
     logits,
     labels,  # int64 (rows,)
     class_weights,  # ACC (classes,) or None; with SOFT (rows, classes)
+    class_margins,  # ACC (classes,) or None: margin
     tau,  # ACC, tau of row i at i * tau_step, or None: tau_value
     upstream,  # ACC, upstream gradient of row i at i * upstream_step, or None: 1
     parts,  # float64 (num_parts,), with MEAN == FROM_PARTS
@@ -389,6 +397,7 @@ def gradient_kernel(
     slice_size: tl.int64,  # of the gradient, which may be cut otherwise
     tau_value: tl.float64,
     q: tl.float64,
+    most: tl.float64,  # -log of the threshold of gce
     scale: tl.float64,
     margin: tl.float64,
     smoothing: tl.float64,
@@ -396,6 +405,7 @@ def gradient_kernel(
     DISTANCE: tl.constexpr,
     SMOOTH: tl.constexpr,  # smoothing > 0, or SOFT
     SOFT: tl.constexpr,  # the target is class probabilities
+    ACTIVATION: tl.constexpr,
     MEAN: tl.constexpr,
     SKIP: tl.constexpr,  # return at once where the upstream gradient is 1
     FLAT: tl.constexpr,
@@ -421,12 +431,12 @@ def gradient_kernel(
     y, valid, label = label_of(labels, row, classes, ignore_index)
     row_logits = logits + row_start(row, inner, outer_stride, inner_stride, FLAT)
     stats = merge_all(saved_stats(saved, row, slices, SLICES_BLOCK), SQUARES, MOMENTS, WEIGHTED)
-    label_logit = label_logit_of(row_logits, label, valid, class_stride, ACC)
+    label_logit = label_logit_of(row_logits, label, valid, class_stride, ACTIVATION, ACC)
     divisor = mean_denominator(labels, class_weights, parts, num_parts, rows, classes, ignore_index, MEAN, SOFT)
     loss, gradient = finished_rows(
-        stats, label_logit, row, valid, y, tau, tau_value, tau_step, class_weights, classes, ignore_index,
-        q, scale, margin, smoothing, row_losses, reports, tau_grad, rows, part == 0, TRUTH, DISTANCE, SMOOTH,
-        WEIGHTED, SOFT, ACC,
+        stats, label_logit, row, valid, y, tau, tau_value, tau_step, class_weights, class_margins, classes,
+        ignore_index, q, most, scale, margin, smoothing, row_losses, reports, tau_grad, rows, part == 0,
+        TRUTH, DISTANCE, SMOOTH, WEIGHTED, SOFT, ACTIVATION, ACC,
     )  # fmt: skip
     if losses is not None:
         tl.store(losses + row, loss.to(tl.float64), mask=part == 0)
@@ -442,6 +452,6 @@ def gradient_kernel(
             middle = middle // WIDTH * WIDTH
         write_gradient(
             row_logits, row_grad, row, label, class_weights, classes, first, middle, class_stride, grad_class,
-            coefficients, WIDTH, SQUARES, MOMENTS, WEIGHTED, SOFT, ACC, PARTS, LANES, WORD,
+            coefficients, WIDTH, SQUARES, MOMENTS, WEIGHTED, SOFT, ACTIVATION, ACC, PARTS, LANES, WORD,
         )  # fmt: skip
         write_zeros(row_grad, middle, last, grad_class, WIDTH, PARTS, LANES, WORD)

@@ -23,6 +23,8 @@ CONDITIONAL: tl.constexpr = tl.constexpr(4)
 KL: tl.constexpr = tl.constexpr(5)
 KL_SOFTMAX: tl.constexpr = tl.constexpr(6)
 
+SIGSOFTMAX: tl.constexpr = tl.constexpr(1)
+
 
 @triton.constexpr_function
 def needs_squares(DISTANCE):
@@ -100,6 +102,26 @@ def class_exp(x):
     else:
         result = tl.exp2(x * 1.44269504)
     return result
+
+
+@triton.jit
+def sigsoftmax_logit(z):
+    """u = z + log sigmoid(z)."""
+    return tl.where(z > 0.0, z, z + z) - log1p_(exp_(-tl.abs(z)))
+
+
+@triton.jit
+def sigsoftmax_slope_from(u):
+    """du / dz where u is what z became: x = exp(z) solves x^2 / (1 + x) = exp(u)."""
+    power = class_exp(u)
+    x = 0.5 * (power + tl.sqrt(power * power + 4.0 * power))
+    return 1.0 + 1.0 / (1.0 + x)
+
+
+@triton.jit
+def transformed(z, ACTIVATION: tl.constexpr):
+    """What the softmax is taken of."""
+    return sigsoftmax_logit(z) if ACTIVATION == SIGSOFTMAX else z
 
 
 # Tiles. The classes of a row lie along several axes of a tile, so that a thread gets neighbouring classes, and those of
@@ -288,10 +310,12 @@ def label_odds(M, A1, label, scale, margin):
 
 
 @triton.jit
-def truth_term(delta, p, w, softplus, q, TRUTH: tl.constexpr):
-    """T and its derivative by delta."""
+def truth_term(delta, p, w, softplus, q, most, TRUTH: tl.constexpr):
+    """T and its derivative by delta; `most`: -log threshold, infinite for none."""
     if TRUTH == GCE:
-        return -expm1_(-q * softplus) / q, exp_(-q * softplus) * w
+        cut = softplus > most
+        power = -q * tl.where(cut, most, softplus)
+        return -expm1_(power) / q, tl.where(cut, 0.0, exp_(power) * w)
     elif TRUTH == MAE:
         return 2.0 * w, 2.0 * w * p
     elif TRUTH == LOG_ODDS:
@@ -333,6 +357,7 @@ def row_loss(
     tau,
     weight,  # u_y
     q,
+    most,  # -log of the threshold of gce
     scale,
     margin,
     smoothing,
@@ -355,7 +380,7 @@ def row_loss(
     count = tl.where(n > 1.0, n, 1.0)
 
     delta, p, w, softplus, softminus = label_odds(M, sum_exp, label, scale, margin)
-    T, T_delta = truth_term(delta, p, w, softplus, q, TRUTH)
+    T, T_delta = truth_term(delta, p, w, softplus, q, most, TRUTH)
     D, D_delta, D_rho, D_V, D_kappa = distance_term(p, w, softplus, softminus, rho, kappa, V, n, DISTANCE)
 
     value = weight * T

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .row_loss import class_exp, row_loss
+from .row_loss import SIGSOFTMAX, class_exp, row_loss, sigsoftmax_slope_from
 
 # How the mean's denominator comes about (`MEAN` of the kernels)
 NO_MEAN: tl.constexpr = tl.constexpr(0)
@@ -34,7 +34,7 @@ COUNTS = (
     "slice_size",
 )
 STRIDES = ("outer_stride", "inner_stride", "class_stride", "grad_outer", "grad_inner", "grad_class")
-VALUES = ("tau_value", "q", "scale", "margin", "smoothing")
+VALUES = ("tau_value", "q", "most", "scale", "margin", "smoothing")
 jit = triton.jit(do_not_specialize=[*COUNTS, *STRIDES, *VALUES])
 
 
@@ -154,10 +154,10 @@ def row_start(row, inner, outer_stride, inner_stride, FLAT: tl.constexpr):
 
 @triton.jit
 def finished_rows(
-    stats, label_logit, row, valid, y, tau, tau_value, tau_step, class_weights, classes, ignore_index,
-    q, scale, margin, smoothing, row_losses, reports, tau_grad, rows, write,
+    stats, label_logit, row, valid, y, tau, tau_value, tau_step, class_weights, class_margins, classes, ignore_index,
+    q, most, scale, margin, smoothing, row_losses, reports, tau_grad, rows, write,
     TRUTH: tl.constexpr, DISTANCE: tl.constexpr, SMOOTH: tl.constexpr, WEIGHTED: tl.constexpr, SOFT: tl.constexpr,
-    ACC: tl.constexpr,
+    ACTIVATION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Losses of rows, their gradient coefficients, and what is reported of them. Elementwise over rows."""
     weight = row_weights(y, row, class_weights, classes, ignore_index, SOFT).to(ACC)
@@ -165,9 +165,14 @@ def finished_rows(
         strength = tl.zeros_like(label_logit) + tl.full((), tau_value, ACC)
     else:
         strength = tl.load(tau + row * tau_step, mask=valid, other=0.0)
+    if class_margins is None:
+        own_margin = tl.full((), margin, ACC)
+    else:
+        known = valid & (y >= 0) & (y < classes)
+        own_margin = tl.load(class_margins + y, mask=known, other=0.0)
     report, gradient = row_loss(
         stats, label_logit, strength, weight,
-        tl.full((), q, ACC), tl.full((), scale, ACC), tl.full((), margin, ACC), tl.full((), smoothing, ACC),
+        tl.full((), q, ACC), tl.full((), most, ACC), tl.full((), scale, ACC), own_margin, tl.full((), smoothing, ACC),
         TRUTH, DISTANCE, SMOOTH, WEIGHTED, SOFT,
     )  # fmt: skip
     loss = tl.where(valid, report[0], 0.0)
@@ -178,6 +183,9 @@ def finished_rows(
             tl.store(reports + i * rows + row, tl.where(valid, report[i + 1], 0.0), mask=write)
     if tau_grad is not None:
         tl.store(tau_grad + row, tl.where(valid, report[4], 0.0), mask=write)
+    if ACTIVATION == SIGSOFTMAX:
+        a, b, c, d, smooth, label = gradient
+        gradient = (a, b, c, d, smooth, label * sigsoftmax_slope_from(label_logit))
     return loss, gradient
 
 
@@ -200,9 +208,9 @@ def scaled_gradient(gradient, stats, row, upstream, upstream_step, denominator, 
 @triton.jit
 def class_gradient(
     z, u, a, b, c, offset, smooth, top,
-    SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.constexpr, SOFT: tl.constexpr,
+    SQUARES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTED: tl.constexpr, SOFT: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient at classes with logits z that are not the label, from the coefficients of `scaled_gradient`."""
+    """Gradient at classes with transformed logits z that are not the label, from `scaled_gradient`'s coefficients."""
     e = class_exp(z - top)
     g = e * a
     if SQUARES:
@@ -218,4 +226,6 @@ def class_gradient(
         else:
             step -= smooth
         g += tl.where(z == -float("inf"), at_masked, step)
+    if ACTIVATION == SIGSOFTMAX:
+        g = g * sigsoftmax_slope_from(z)
     return g
