@@ -395,8 +395,8 @@ Result compute(const Tensor& logits_in, const Tensor& y_in, const Tensor& weight
   const auto plain_values = [](const Tensor& t) {
     return !t.defined() || !t.is_cpu() || at::isfinite(t).all().item<bool>();
   };
-  TORCH_CHECK_VALUE(plain_values(in.tau), "tau has a value that is not finite");
-  TORCH_CHECK_VALUE(plain_values(in.margins), "margin has a value that is not finite");
+  TORCH_CHECK_VALUE(!in.tau.defined() || plain_values(tau_in), "tau has a value that is not finite");
+  TORCH_CHECK_VALUE(plain_values(margins_in), "margin has a value that is not finite");
   in.penalised = config.distance != Distance::none && (in.tau.defined() || config.tau_value != 0);
   TORCH_CHECK(in.logits.size(class_dim(in.logits)) <= std::numeric_limits<int32_t>::max(),
               "more than 2^31 - 1 classes");

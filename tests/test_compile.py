@@ -245,7 +245,7 @@ def test_export(strict: bool) -> None:
 
 
 def operator_arguments() -> dict[str, tuple[Any, ...]]:
-    """logits, y, weight, tau, tau_value, codes."""
+    """logits, y, weight, margins, tau, tau_value, codes."""
     z, y = inputs(torch.float64)
     z.requires_grad_()
     q = random_logits(ROWS, CLASSES, dtype=torch.float64, seed=2).softmax(1)
@@ -253,30 +253,36 @@ def operator_arguments() -> dict[str, tuple[Any, ...]]:
     tau = torch.linspace(0.1, 1.0, ROWS, dtype=torch.float64)
 
     def codes(
-        distance: str | None = "uniform", reduction: str = "mean", smoothing: float = 0.0, soft: bool = False
+        distance: str | None = "uniform",
+        reduction: str = "mean",
+        smoothing: float = 0.0,
+        soft: bool = False,
+        activation: str = "softmax",
     ) -> Any:
-        return loss_spec("ce", 0.7, distance, 1.0, 0.0, -100, reduction, smoothing, soft).codes
+        return loss_spec("ce", 0.7, distance, 1.0, 0.0, -100, reduction, smoothing, soft, 0.0, activation).codes
 
     half = random_logits(ROWS, CLASSES, dtype=torch.bfloat16).requires_grad_()
     images = random_logits(2, CLASSES, 3, dtype=torch.float64).requires_grad_()
     return {
-        "plain": (z, y, None, None, 0.0, *codes(None)),
-        "number": (z, y, None, None, 0.5, *codes("kl")),
-        "tensor tau": (z, y, None, tau[0].clone().requires_grad_(), 0.0, *codes()),
-        "tau per row": (z, y, tau.new_ones(CLASSES), tau.clone().requires_grad_(), 0.0, *codes(reduction="none")),
+        "plain": (z, y, None, None, None, 0.0, *codes(None)),
+        "number": (z, y, None, None, None, 0.5, *codes("kl")),
+        "tensor tau": (z, y, None, None, tau[0].clone().requires_grad_(), 0.0, *codes()),
+        "tau per row": (z, y, tau.new_ones(CLASSES), None, tau.clone().requires_grad_(), 0.0, *codes(reduction="none")),
         "tau transposed": (
             random_logits(2, CLASSES, 3, 2, dtype=torch.float64).requires_grad_(),
             random_labels(2, 3, 2, classes=CLASSES),
+            None,
             None,
             torch.rand(2, 2, 3, dtype=torch.float64).transpose(1, 2).requires_grad_(),
             0.0,
             *codes(reduction="none"),
         ),
-        "tau alone": (z.detach(), y, None, tau.clone().requires_grad_(), 0.0, *codes(reduction="sum")),
-        "smoothing": (z, y, tau.new_ones(CLASSES), None, 0.5, *codes(smoothing=0.1)),
-        "probabilities": (z, soft.labels, soft.weights, None, 0.5, *codes(soft=True)),
-        "bfloat16": (half, y, None, None, 0.5, *codes()),
-        "images": (images, random_labels(2, 3, classes=CLASSES), None, None, 0.5, *codes(reduction="none")),
+        "tau alone": (z.detach(), y, None, None, tau.clone().requires_grad_(), 0.0, *codes(reduction="sum")),
+        "smoothing": (z, y, tau.new_ones(CLASSES), None, None, 0.5, *codes(smoothing=0.1)),
+        "probabilities": (z, soft.labels, soft.weights, None, None, 0.5, *codes(soft=True)),
+        "sigsoftmax": (z, y, None, tau.new_ones(CLASSES), None, 0.5, *codes(activation="sigsoftmax")),
+        "bfloat16": (half, y, None, None, None, 0.5, *codes()),
+        "images": (images, random_labels(2, 3, classes=CLASSES), None, None, None, 0.5, *codes(reduction="none")),
     }
 
 
@@ -292,19 +298,19 @@ def test_opcheck(name: str, return_stats: bool, backend: str) -> None:
 @pytest.mark.parametrize("name", operator_arguments())
 def test_opcheck_of_the_backward_operator(name: str, backend: str) -> None:
     arguments = operator_arguments()[name]
-    z, y, _, tau, *_ = arguments
+    z, y, _, _, tau, *_ = arguments
     upstream = torch.ones(y.shape if name in ("tau per row", "tau transposed", "images") else (), dtype=torch.float64)
     upstream = upstream.to(torch.float32) if name == "bfloat16" else upstream
     wanted = z.requires_grad, tau is not None and tau.requires_grad
     torch.library.opcheck(ops.loss_backward, (upstream.requires_grad_(), *arguments, backend, *wanted))
 
 
-@pytest.mark.parametrize("name", ["tau per row", "tensor tau", "smoothing", "probabilities"])
+@pytest.mark.parametrize("name", ["tau per row", "tensor tau", "smoothing", "probabilities", "sigsoftmax"])
 def test_second_derivatives_of_the_operator(name: str) -> None:
-    z, y, weight, tau, *rest = operator_arguments()[name]
+    z, y, weight, margins, tau, *rest = operator_arguments()[name]
 
     def function(z: Tensor, tau: Tensor | None) -> Tensor:
-        return ops.loss(z, y, weight, tau, *rest, False, "")[0]
+        return ops.loss(z, y, weight, margins, tau, *rest, False, "")[0]
 
     assert torch.autograd.gradcheck(function, (z, tau))
     assert torch.autograd.gradgradcheck(function, (z, tau))

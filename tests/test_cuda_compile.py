@@ -1,7 +1,8 @@
 """The CUDA kernels compiled by nvcc for three generations of GPUs, without one: registers, spills and wide accesses.
 
-Each storage format for one generation, all of them for all with --all-cases. Relies on nvcc, and on the cuobjdump that lies beside it or in Triton's wheel. Results stay in build/nvcc/ under a hash
-of everything they depend on, so that only a change of the sources is compiled again.
+Each storage format for one generation, all of them for all with --all-cases. Relies on nvcc, and on the cuobjdump that
+lies beside it or in Triton's wheel. Results stay in build/nvcc/ under a hash of everything they depend on, so that only
+a change of the sources is compiled again.
 """
 
 from __future__ import annotations

@@ -66,9 +66,11 @@ def cases_of(element: str, lanes: int, thorough: bool, everything: bool) -> Iter
     acc = "fp64" if itemsize == 8 else "fp32"
     # moments: no class weights, which leaves room for longer rows
     loads = [("light", 0, 1, False), ("heavy", 1, 3, True), ("soft", 0, 6, True), ("moments", 1, 3, False)]
+    loads += [("transformed", 1, 1, False)]
     for load, truth, distance, smooth in loads:
         some = ("light", "heavy", "soft") if element != "fp64" else ("light", "heavy")
-        if not (everything or load in some or (load == "moments" and thorough and element == ODD)):
+        odd_ones = ("transformed", "moments") if thorough else ("transformed",)
+        if not (everything or load in some or (load in odd_ones and element == ODD)):
             continue
         moments, weighted = load != "light", load in ("heavy", "soft")
         outputs = {"grad": f"*{element}", "denominator": "*fp64", "losses": "*fp64", "saved": f"*{acc}"}
@@ -77,11 +79,14 @@ def cases_of(element: str, lanes: int, thorough: bool, everything: bool) -> Iter
             present |= {"class_weights": f"*{acc}", "tau": f"*{acc}", "reports": f"*{acc}", "upstream": f"*{acc}"}
         elif load == "soft":
             present |= {"class_weights": f"*{acc}"}
+        elif load == "transformed":
+            present |= {"class_margins": f"*{acc}"}
         constants = {
             "TRUTH": truth,
             "DISTANCE": distance,
             "SMOOTH": smooth,
             "SOFT": load == "soft",
+            "ACTIVATION": int(load == "transformed"),
             "MEAN": 2,
             "SKIP": load == "heavy",
             "FLAT": True,

@@ -168,8 +168,11 @@ def exact(
             return _exact_loss(changed, label, truth, q, distance, tau)
 
         step = mpmath.mpf(10) ** (-digits // 3)
-        slopes = [(loss_at(k, x + step) - loss_at(k, x - step)) / (2 * step) for k, x in enumerate(row)]
-        return loss_at(0, row[0]), slopes
+        slopes: dict[tuple[bool, mpmath.mpf], mpmath.mpf] = {}  # equal logits of wrong classes have equal slopes
+        for k, x in enumerate(row):
+            if (k == label, x) not in slopes:
+                slopes[k == label, x] = (loss_at(k, x + step) - loss_at(k, x - step)) / (2 * step)
+        return loss_at(0, row[0]), [slopes[k == label, x] for k, x in enumerate(row)]
 
 
 def _exact_loss(z: list[mpmath.mpf], label: int, truth: str, q: float, distance: str | None, tau: float) -> mpmath.mpf:

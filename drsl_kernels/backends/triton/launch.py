@@ -266,8 +266,11 @@ class Task:
 
     @property
     def moments(self) -> bool:
-        """Whether mean and variance of the logits are read."""
-        return self.spec.soft or self.spec.label_smoothing > 0 or needs_moments(self.distance_code)
+        """Whether threads need the room that mean and variance of the logits take; a transformation takes it, too."""
+        spec = self.spec
+        return (
+            spec.soft or spec.label_smoothing > 0 or spec.activation != "softmax" or needs_moments(self.distance_code)
+        )
 
     @property
     def weighted(self) -> bool:
