@@ -9,12 +9,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
 
-from .attack_kinds import AnyAttack, check_attack, loss_name
+from .attack_kinds import AnyAttack, UniversalAttack, check_attack, loss_name
 from .attack_losses import margins_of
 from .attack_objects import REACH
 from .attacks import (
@@ -212,9 +212,17 @@ class Search:
     def robust(self) -> Tensor:
         return self.margins > 0
 
-    def restart(self, attack: AnyAttack, eps: float) -> None:
-        """Attack, from one start, the samples that are still classified correctly."""
+    def restart(self, attack: AnyAttack, eps: float) -> dict[str, Any] | None:
+        """Attack, from one start, the samples that are still classified correctly.
+
+        Returns what an attack with one perturbation for all of them has chosen; None of others.
+        """
         standing = self.robust().nonzero().squeeze(1)
+        chosen = None
+        if isinstance(attack, UniversalAttack) and len(standing):
+            x, y = self.x[standing], self.y[standing]
+            settled = attack.settle(self.model, x, y, eps=eps, bounds=self.bounds, batch_size=self.batch_size)
+            attack, chosen = settled, settled.found()
         for start in range(0, len(standing), self.batch_size):
             rows = standing[start : start + self.batch_size]
             x, y = self.x[rows], self.y[rows]
@@ -228,6 +236,7 @@ class Search:
             better = margins < self.margins[rows]
             self.points[rows[better]] = found[better]
             self.margins[rows[better]] = margins[better]
+        return chosen
 
     def _margins(self, x: Tensor, y: Tensor) -> Tensor:
         look = partial(checked_logits, self.model, largest=self.largest)
