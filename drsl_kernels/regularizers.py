@@ -51,9 +51,9 @@ def absum_penalty(model: nn.Module | Iterable[nn.Module]) -> Tensor:
 def absum_step(model: nn.Module | Iterable[nn.Module], t: float) -> None:
     r"""The proximal step of `absum_penalty`, in place: each kernel moves towards one that sums to 0.
 
-    .. math::
-        \mathrm{prox}_{t R}(K) = \mathop{\mathrm{arg\,min}}_X\ t R(X) + \tfrac{1}{2} \|X - K\|^2
-        = K - \min(\max(\bar K, -t), t)
+    .. math:: \mathrm{prox}_{t R}(K) = K - \min(\max(\bar K, -t), t)
+
+    That is the X at which t R(X) plus half of the squared Euclidean distance of X from K is smallest.
 
     The mean of the n entries of a kernel is subtracted from each of them, or t where the mean is above t, or -t where
     it is below -t: K - t if the sum is above n t, K + t if it is below -n t, else K - sum / n. A kernel that sums to 0

@@ -435,7 +435,18 @@ class TestCommands:
         train = ["train", "--absum", "0.001", "--epochs", "1", "--samples", "40", "--no-tensorboard", "--out"]
         trained = CliRunner().invoke(drsl, [*train, str(tmp_path / "absum")])
         assert trained.exit_code == 0, trained.output
-        drsl_attack(tmp_path / "absum" / "best.pt", "--attacks", "fourier", "--eps", "0.1", "--out", tmp_path / "waves")
+        attack = [
+            "attack",
+            str(tmp_path / "absum" / "best.pt"),
+            "--attacks",
+            "fourier",
+            "--eps",
+            "0.1",
+            "--samples",
+            "40",
+        ]
+        attacked = CliRunner().invoke(drsl, [*attack, "--out", str(tmp_path / "waves")])
+        assert attacked.exit_code == 0, attacked.output
         content = json.loads((tmp_path / "waves" / "results.json").read_text())
         assert content["checkpoints"][0]["about"]["recipe"]["absum"] == 0.001
         assert list((tmp_path / "waves").glob("fourier-best-*.png"))
