@@ -136,7 +136,8 @@ def worst_case(
 
     A sample that is misclassified without an attack is never robust. One that is broken, by any restart of
     any attack, is not attacked again; it counts as broken at every larger radius too, for the smaller ball
-    lies inside the larger. So robust accuracy never rises with eps.
+    lies inside the larger. So robust accuracy never rises with eps. An attack with one perturbation for all samples
+    (`FourierAttack`) chooses it on those that still stand when its turn comes.
 
     Args:
         model, x, y, bounds, generator: as in `pgd`.
