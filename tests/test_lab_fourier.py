@@ -418,6 +418,11 @@ class TestCommands:
             assert content["result"].pop("found") is None
             part.write_text(json.dumps(content))
         assert "used again: 4 attacks" in drsl_attack(path, "--out", tmp_path)
+        for part in (tmp_path / "parts").glob("*fourier*eps0.1*"):
+            content = json.loads(part.read_text())
+            content["result"]["found"] = "damaged"
+            part.write_text(json.dumps(content))
+        assert "used again: 3 attacks" in drsl_attack(path, "--out", tmp_path)
 
     def test_no_picture_without_it(self, attacked: tuple[Path, Path, str], tmp_path: Path) -> None:
         text = drsl_attack(attacked[0], "--attacks", "pgd", "--out", tmp_path)

@@ -147,39 +147,22 @@ def single_fourier_attack(
     check_samples(x, y, bounds)
     if x.dim() != 4 or not x.numel():
         raise ValueError(f"x must have shape (N, channels, height, width) with one image or more, got {tuple(x.shape)}")
-    size = (x.shape[2], x.shape[3])
+    height, width = x.shape[2:]
+    shifts = _Shifts(eps, _Waves(height, width, x.device), x.dtype)
     predict = partial(_predictions, partial(checked_logits, model, largest={"y": largest_label(y)}))
-    shifts = _Shifts(eps, _Waves(*size, x.device), x.dtype)
-    counts = torch.zeros(2, len(shifts), dtype=torch.int64, device=x.device)
-    everything = torch.arange(len(shifts), device=x.device)
-    nan = torch.zeros((), dtype=torch.bool, device=x.device)
-    looked, all_looks = 0, len(shifts) * len(y)
     with evaluation_mode(model), torch.no_grad():
-        for images, labels in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
-            clean, bad = predict(images)
-            nan |= bad
-            for which in torch.split(everything, max(1, batch_size // len(labels))):
-                found, bad = predict(_perturbed(images, shifts(which), bounds))
-                nan |= bad
-                classes = found.view(len(which), len(labels))
-                counts[0, which] += (classes != clean).sum(1)
-                counts[1, which] += (classes != labels).sum(1)
-                looked += classes.numel()
-                if on_progress is not None:
-                    on_progress(looked, all_looks)
-    if nan:
-        raise FloatingPointError("the model's logits are NaN; look at its weights")
-    fooled, errors = counts.cpu().view(2, 2, *size)
+        counts = _counts(predict, x, y, shifts, bounds, batch_size, on_progress)
+    fooled, errors = counts.view(2, 2, height, width)
     sign, row, column = _worst(fooled, errors)
-    index = (sign * size[0] + row) * size[1] + column
+    worst = torch.tensor([(sign * height + row) * width + column], device=x.device)
     return FourierSweep(
         eps=eps,
         samples=len(y),
         fooled=fooled,
         errors=errors,
-        frequency=(_centred(row, size[0]), _centred(column, size[1])),
+        frequency=(_centred(row, height), _centred(column, width)),
         sign=1 - 2 * sign,
-        images=_perturbed(x.detach(), shifts(torch.tensor([index], device=x.device)), bounds),
+        images=_perturbed(x.detach(), shifts(worst), bounds),
     )
 
 
@@ -252,6 +235,37 @@ class SettledFourier:
             "samples": self.sweep.samples,
             "fooled": self.sweep.fooled.amax(0).tolist(),
         }
+
+
+def _counts(
+    predict: Callable[[Tensor], tuple[Tensor, Tensor]],
+    x: Tensor,
+    y: Tensor,
+    shifts: _Shifts,
+    bounds: tuple[float, float],
+    batch_size: int,
+    on_progress: Callable[[int, int], None] | None,
+) -> Tensor:
+    """How many images each shift fools, and how many are misclassified under it: (2, shifts), on the CPU."""
+    counts = torch.zeros(2, len(shifts), dtype=torch.int64, device=x.device)
+    everything = torch.arange(len(shifts), device=x.device)
+    nan = torch.zeros((), dtype=torch.bool, device=x.device)  # looked at in the end: a GPU would have to wait
+    looked = 0
+    for images, labels in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
+        clean, bad = predict(images)
+        nan |= bad
+        for which in torch.split(everything, max(1, batch_size // len(labels))):
+            found, bad = predict(_perturbed(images, shifts(which), bounds))
+            nan |= bad
+            classes = found.view(len(which), len(labels))
+            counts[0, which] += (classes != clean).sum(1)
+            counts[1, which] += (classes != labels).sum(1)
+            looked += classes.numel()
+            if on_progress is not None:
+                on_progress(looked, len(shifts) * len(y))
+    if nan:
+        raise FloatingPointError("the model's logits are NaN; look at its weights")
+    return counts.cpu()
 
 
 class _Waves:
