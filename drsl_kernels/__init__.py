@@ -9,9 +9,12 @@ from .backends import Info, info
 from .functional import fused_drsl_loss, softmax_loss
 from .members import GCELoss, ISCELoss, LogOddsLoss, MAELoss, gce_loss, isce_loss, log_odds_loss, mae_loss
 from .modules import DRSLLoss
+from .regularizers import L1, Absum, absum_penalty, absum_step, l1_penalty, l1_step
 from .spec import LossStats
 
 __all__ = [
+    "L1",
+    "Absum",
     "DRSLLoss",
     "GCELoss",
     "ISCELoss",
@@ -20,10 +23,14 @@ __all__ = [
     "LossStats",
     "MAELoss",
     "__version__",
+    "absum_penalty",
+    "absum_step",
     "fused_drsl_loss",
     "gce_loss",
     "info",
     "isce_loss",
+    "l1_penalty",
+    "l1_step",
     "log_odds_loss",
     "mae_loss",
     "reference",

@@ -28,7 +28,10 @@ class TestFailures:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["--attacks", "hinge"], "unknown attack 'hinge'; choose from fgsm, pgd, pgd-t, transfer, apgd-ce"),
+            (
+                ["--attacks", "hinge"],
+                "unknown attack 'hinge'; choose from fgsm, pgd, pgd-t, transfer, fourier, apgd-ce",
+            ),
             (
                 ["--attacks", "pgd:hinge"],
                 "unknown loss in attack 'pgd:hinge'; choose from log_odds, ce, margin, dlr, ",

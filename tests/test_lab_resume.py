@@ -128,6 +128,7 @@ RECIPES = {
         epochs=2, batch_size=16, optimizer="sgd", schedule="multistep", milestones=(1,), amp="bfloat16"
     ),
     "trades": Recipe(epochs=2, batch_size=16, adversarial=Adversarial("trades", 0.05, 0.03, 2)),
+    "absum": Recipe(epochs=2, batch_size=16, schedule="cosine", absum=0.1),
     "madry, crops, noise": TINY.recipe,
 }
 

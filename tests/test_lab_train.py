@@ -194,6 +194,7 @@ def test_two_processes_are_as_one_with_the_joint_batch(tmp_path: Path) -> None:
     options = (
         *("--dataset", "digits", "--samples", "101", "--batch-size", "25", "--epochs", "2", "--optimizer", "sgd"),
         *("--lr", "0.05", "--clip-norm", "1", "--adversarial", "madry", "--steps", "2", "--norm", "l2"),
+        *("--absum", "0.01"),
         *("--augmentation", "crop_flip", "--loss", "kl", "--label-noise", "0.1", "--no-tensorboard", "--out"),
     )
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

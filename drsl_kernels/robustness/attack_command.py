@@ -9,7 +9,7 @@ from typing import Any, Final, cast
 
 import click
 
-from .attack_names import canonical_names, least_classes
+from .attack_names import FOURIER, ONLY_LINF, canonical_names, least_classes
 from .attack_options import (
     attack_parameters,
     attacks_option,
@@ -22,7 +22,7 @@ from .attack_options import (
     targets_option,
 )
 from .attack_parts import parts_of
-from .attack_report import RESULTS, check_lines, explanation, heading, results_table, write_results
+from .attack_report import RESULTS, check_lines, explanation, heading, results_table, wave_lines, write_results
 from .attack_run import AttackSettings, Subject, attack_checkpoint, load_subject
 from .attacks import NORMS, Norm
 from .command_parts import (
@@ -35,6 +35,7 @@ from .command_parts import (
     reproducible,
 )
 from .data import PARTS, Part
+from .fourier_pictures import draw_heat_map, heat_map_name
 from .options import Folder, Radii, check_radius
 
 __all__ = ["attack_command"]
@@ -124,13 +125,15 @@ def attack_command(checkpoints: tuple[Path, ...], sources: tuple[Path, ...], **o
 
     CHECKPOINT is a file that `drsl train` wrote, such as best.pt; it says which images it was trained on and how they
     are normalised. Prints, for each, what every attack leaves on its own and what survives them all, then the masking
-    checks: signs that a model looks robust because attacks cannot see. Writes results.json and results.csv to --out.
+    checks: signs that a model looks robust because attacks cannot see. Writes results.json and results.csv to --out;
+    for the attack fourier also a picture of each model, which says what waves fool it.
 
     \b
     Examples:
       drsl attack runs/ce/best.pt --eps 2/255,4/255,8/255
       drsl attack runs/*/best.pt --attacks pgd:log_odds,pgd:dlr,pgd-t,square --samples 1000
       drsl attack runs/drsl/best.pt --attacks autoattack --norm l2 --eps 0.5
+      drsl attack runs/drsl/best.pt --attacks fourier --eps 0.1
       drsl attack runs/drsl/best.pt --attacks pgd:margin,transfer --transfer-from runs/ce/best.pt
 
     A robust accuracy is an upper bound: take the worst case, over attacks of several kinds, one of them without
@@ -143,7 +146,8 @@ def attack_command(checkpoints: tuple[Path, ...], sources: tuple[Path, ...], **o
     models = [_load(path, settings.device, "CHECKPOINT") for path in dict.fromkeys(checkpoints)]
     strangers = [_load(path, settings.device, "--transfer-from") for path in dict.fromkeys(sources)]
     _check_fit(settings, models, strangers)
-    prepare_folder(out, [out / name for name in RESULTS] + [parts_of(out) / "any.json"])
+    maps = [heat_map_name(model) for model in models] if FOURIER in settings.attacks else []
+    prepare_folder(out, [out / name for name in (*RESULTS, *maps)] + [parts_of(out) / "any.json"])
     console = plain_console()
     results = []
     with reproducible(settings.threads), ProgressBars(console, len(models)) as bars:
@@ -155,6 +159,7 @@ def attack_command(checkpoints: tuple[Path, ...], sources: tuple[Path, ...], **o
                 )
                 results.append(result)
                 write_results(settings, results, out)
+                draw_heat_map(result, out)
             except (FloatingPointError, OSError, ValueError) as error:
                 raise click.ClickException(f"{subject.path}: {error}") from error
     reused = sum(result.reused for result in results)
@@ -163,12 +168,15 @@ def attack_command(checkpoints: tuple[Path, ...], sources: tuple[Path, ...], **o
     for result in results:
         console.print(f"\n{heading(result)}", highlight=False, soft_wrap=True)
         console.print(results_table(result))
+        for wave in wave_lines(result):
+            console.print(wave, highlight=False)
         for line in check_lines(result.checks):
             console.print(line, highlight=False)
     console.print()
     for what, meaning in explanation(settings, results).items():
         console.print(f"{what}: {meaning}", highlight=False)
-    console.print(f"Written to {out}: {', '.join(RESULTS)}", soft_wrap=True)
+    written = [name for name in (*RESULTS, *maps) if (out / name).exists()]
+    console.print(f"Written to {out}: {', '.join(written)}", soft_wrap=True)
 
 
 def _settings(options: dict[str, Any], has_source: bool) -> AttackSettings:
@@ -179,8 +187,10 @@ def _settings(options: dict[str, Any], has_source: bool) -> AttackSettings:
         raise click.BadParameter("the attack 'transfer' needs --transfer-from CHECKPOINT", param_hint="--attacks")
     if has_source and not transfers:
         attacks = (*attacks, *canonical_names(["transfer"]))
-    if norm != "linf" and any(name.startswith("fgsm") for name in attacks):
-        raise click.BadParameter(f"fgsm is an attack in the norm linf, not {norm}", param_hint="--attacks")
+    for name in attacks:
+        kind = name.partition(":")[0]
+        if norm != "linf" and kind in ONLY_LINF:
+            raise click.BadParameter(f"{kind} is an attack in the norm linf, not {norm}", param_hint="--attacks")
     check_package(attacks)
     refuse_unused(attacks)
     epsilons = options["epsilons"] or (_USUAL_EPS[norm],)

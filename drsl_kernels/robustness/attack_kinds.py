@@ -1,14 +1,15 @@
 """Attacks of several kinds in one form, so that they can stand beside each other in a table.
 
-`AnyAttack` is the form. Relies on `attacks`; `evaluate`, `attack_table` and `attack_command` rely on it. PGD for any
-radius is `evaluate.Attack`, the members of AutoAttack are in `autoattack`.
+`AnyAttack` is the form, `UniversalAttack` that of an attack with one perturbation for all samples. Relies on `attacks`;
+`evaluate`, `attack_table` and `attack_command` rely on it. PGD for any radius is `evaluate.Attack`, the members of
+AutoAttack are in `autoattack`, the single Fourier attack is in `fourier`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,7 +21,16 @@ from .attack_objects import REACH
 from .attacks import Model, Norm, evaluation_mode, fgsm, integer, pgd
 from .balls import check_norm
 
-__all__ = ["AnyAttack", "SingleStep", "TargetedAttack", "Transfer", "check_attack", "loss_name"]
+__all__ = [
+    "AnyAttack",
+    "SettledAttack",
+    "SingleStep",
+    "TargetedAttack",
+    "Transfer",
+    "UniversalAttack",
+    "check_attack",
+    "loss_name",
+]
 
 
 class AnyAttack(Protocol):
@@ -53,6 +63,23 @@ class AnyAttack(Protocol):
         generator: torch.Generator | None,
     ) -> Tensor:
         """One start: points within eps of x and within the bounds, in the shape of x; eps is above 0."""
+
+
+class SettledAttack(AnyAttack, Protocol):
+    """An attack that has chosen its perturbation."""
+
+    def found(self) -> dict[str, Any]:
+        """What it has chosen, in numbers and lists, as JSON gives them back."""
+
+
+@runtime_checkable
+class UniversalAttack(Protocol):
+    """An attack that has one perturbation for all samples, and looks at all of them before it attacks a part."""
+
+    def settle(
+        self, model: Model, x: Tensor, y: Tensor, *, eps: float, bounds: tuple[float, float], batch_size: int
+    ) -> SettledAttack:
+        """The attack with the perturbation that is the worst for all of x."""
 
 
 @dataclass(frozen=True)

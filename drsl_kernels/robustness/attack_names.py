@@ -16,9 +16,13 @@ from .attack_losses import ATTACK_LOSSES, AttackLoss, AttackLossName
 from .attacks import Model, Norm
 from .autoattack import AUTOATTACK, STANDARD, AutoAttackMember
 from .evaluate import Attack
+from .fourier import FourierAttack
 
 __all__ = [
+    "FOURIER",
     "KINDS",
+    "ONLY_LINF",
+    "TRAINING",
     "AttackParameters",
     "attacks_in_words",
     "canonical_names",
@@ -32,7 +36,9 @@ __all__ = [
 _DEFAULT_LOSS: Final = {"fgsm": "log_odds", "pgd": "log_odds", "pgd-t": "margin", "transfer": "log_odds"}
 
 TRAINING: Final = "training"  # the loss that the checkpoint was trained with
-KINDS: Final = (*_DEFAULT_LOSS, *AUTOATTACK, "autoattack")
+FOURIER: Final = "fourier"
+KINDS: Final = (*_DEFAULT_LOSS, FOURIER, *AUTOATTACK, "autoattack")
+ONLY_LINF: Final = ("fgsm", FOURIER)
 
 
 @dataclass(frozen=True)
@@ -92,10 +98,12 @@ def make_attack(
             queries=parameters.queries,
             targets=parameters.targets,
         )
+    if kind in ONLY_LINF and parameters.norm != "linf":
+        raise ValueError(f"{kind} is an attack in the norm 'linf', got {parameters.norm!r}")
+    if kind == FOURIER:
+        return FourierAttack()
     loss: AttackLoss = training_loss if ending == TRAINING else cast(AttackLossName, ending)
     if kind == "fgsm":
-        if parameters.norm != "linf":
-            raise ValueError(f"fgsm is an attack in the norm 'linf', got {parameters.norm!r}")
         return SingleStep(loss)
     if kind == "pgd-t":
         return TargetedAttack(loss, parameters.steps, parameters.restarts, parameters.norm, parameters.targets)
@@ -119,6 +127,7 @@ def attacks_in_words(names: Sequence[str], parameters: AttackParameters) -> str:
         "pgd:": f"PGD with {parameters.steps} steps and {_count(parameters.restarts, 'random start')}",
         "pgd-t": f"the same towards {_count(parameters.targets, 'wrong class', 'es')} (pgd-t)",
         "transfer": f"PGD-{parameters.steps} on another model, its points shown to this one (transfer)",
+        "fourier": "the wave that fools most of the images attacked, the same for all of them (fourier)",
         "apgd": f"APGD with {parameters.iterations} steps",
         "fab": f"FAB with {parameters.iterations} steps",
         "square": f"Square with {parameters.queries} queries",

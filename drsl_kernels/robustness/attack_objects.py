@@ -1,6 +1,6 @@
 """Attacks as objects: settings checked once, then called with a model, samples and classes as often as one likes.
 
-Relies on `attacks`.
+Relies on `attacks` and `fourier`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .attack_losses import AttackLoss, objective_of
-from .attacks import Keep, Model, Norm, check_numbers, fgsm, pgd
+from .attacks import Keep, Model, Norm, check_numbers, fgsm, integer, pgd
+from .fourier import single_fourier_attack
 
-__all__ = ["FGSM", "PGD", "REACH"]
+__all__ = ["FGSM", "PGD", "REACH", "SingleFourier"]
 
 # How far all steps together may go, in units of eps: the value of Madry et al., enough to cross the ball.
 REACH = 2.5
@@ -110,3 +111,28 @@ class FGSM:
     def __call__(self, model: Model, x: Tensor, y: Tensor, *, targeted: Tensor | None = None) -> Tensor:
         """x perturbed, as `fgsm` returns it."""
         return fgsm(model, x, y, eps=self.eps, loss=self.loss, bounds=self.bounds, targeted=targeted)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SingleFourier:
+    """`single_fourier_attack` with its settings: ``SingleFourier(eps=8/255)(model, x, y)`` gives the perturbed images.
+
+    Attributes:
+        eps, bounds, batch_size: as in `single_fourier_attack`.
+
+    Raises:
+        ValueError, TypeError: as `pgd`, when the object is made; batch_size below 1.
+    """
+
+    eps: float
+    bounds: tuple[float, float] = (0.0, 1.0)
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        PGD(eps=self.eps, bounds=self.bounds)
+        if integer("batch_size", self.batch_size) < 1:
+            raise ValueError(f"batch_size must be 1 or more, got {self.batch_size!r}")
+
+    def __call__(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
+        """x under the one wave that fools the model on most of these images."""
+        return single_fourier_attack(model, x, y, eps=self.eps, bounds=self.bounds, batch_size=self.batch_size).images

@@ -52,7 +52,8 @@ def attacks_option(default: Sequence[str], kinds: Sequence[str] = KINDS) -> Deco
         help=f"What to attack with, names with commas between, of {', '.join(kinds)}. After "
         f"{', '.join(with_loss[:-1])} and {with_loss[-1]} a colon and what to make large may follow: "
         f"{', '.join((*ATTACK_LOSSES, TRAINING))}, the last being the loss that the model was trained with. pgd-t is "
-        f"PGD towards each of the likeliest wrong classes. {', '.join(AUTOATTACK)} need the extra 'autoattack'; the "
+        "PGD towards each of the likeliest wrong classes, fourier the one wave, of all, that fools most images. "
+        f"{', '.join(AUTOATTACK)} need the extra 'autoattack'; the "
         "name autoattack stands for the standard four of them.",
     )
 

@@ -89,6 +89,8 @@ def _as_outcome(content: Any, images: int) -> AttackOutcome | None:
     """What was kept, or None if it is not what `AttackOutcome` gives."""
     try:
         fell, restarts = content["fell"], content["restarts"]
+        if not isinstance(content.get("found"), dict | None):
+            return None
         if len(fell) != images or not all(type(start) is int and -1 <= start <= restarts for start in fell):
             return None
         return AttackOutcome(**content | {"fell": torch.tensor(fell, dtype=torch.int64)})

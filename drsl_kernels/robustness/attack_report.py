@@ -16,11 +16,12 @@ from rich.text import Text
 
 from .attack_names import attacks_in_words, eps_names
 from .attack_run import Attacked, AttackSettings
+from .attack_table import AttackOutcome
 from .identity import environment
 from .masking import Check
 from .storage import write_atomically, write_json
 
-__all__ = ["RESULTS", "check_lines", "explanation", "heading", "results_table", "write_results"]
+__all__ = ["RESULTS", "check_lines", "explanation", "heading", "results_table", "wave_lines", "write_results"]
 
 RESULTS: Final = ("results.json", "results.csv")
 
@@ -68,6 +69,21 @@ def results_table(result: Attacked) -> Table:
     return drawn
 
 
+def wave_lines(result: Attacked) -> list[str]:
+    """The frequency that the single Fourier attack chose at each radius, and what it does."""
+    lines = []
+    for outcome in result.table.outcomes:
+        if outcome.found is not None:
+            wave = _wave(outcome.found)
+            l, m = wave["frequency"]  # noqa: E741
+            lines.append(
+                f"{outcome.attack}, eps {outcome.eps:.4g}: worst is {'+' if wave['sign'] > 0 else '-'} the wave "
+                f"(l, m) = ({l}, {m}), which fools {100 * wave['fooling_rate']:.1f} % of the {wave['samples']} images "
+                "classified correctly"
+            )
+    return lines
+
+
 def check_lines(checks: Sequence[Check]) -> list[Text]:
     """One line for each masking check, those that warn first."""
     ordered = sorted(checks, key=lambda check: ("warning", "passed", "not run").index(check.outcome))
@@ -75,7 +91,7 @@ def check_lines(checks: Sequence[Check]) -> list[Text]:
 
 
 def write_results(settings: AttackSettings, results: Sequence[Attacked], folder: Path) -> None:
-    """Write results.json (all but the outcome of each image, which is in parts/) and results.csv."""
+    """Write results.json and results.csv. The outcome of each image and each frequency is in parts/ alone."""
     as_json, as_csv = (folder / name for name in RESULTS)
     content = {
         "meaning": explanation(settings, results) | {"units": "accuracies are fractions, times are seconds"},
@@ -111,10 +127,21 @@ def _as_json(result: Attacked) -> dict[str, Any]:
                 "standing_after_each_start": outcome.standing(),
                 "seconds": outcome.seconds,
             }
+            | _chosen(outcome)
             for outcome in table.outcomes
         ],
         "checks": [asdict(check) for check in result.checks],
     }
+
+
+def _chosen(outcome: AttackOutcome) -> dict[str, Any]:
+    return {} if outcome.found is None else {"worst_wave": _wave(outcome.found)}
+
+
+def _wave(found: dict[str, Any]) -> dict[str, Any]:
+    """What `SettledFourier.found` says of the worst frequency."""
+    most = max(max(row) for row in found["fooled"])
+    return {name: found[name] for name in ("frequency", "sign", "samples")} | {"fooling_rate": most / found["samples"]}
 
 
 def _write_csv(settings: AttackSettings, results: Sequence[Attacked], path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class AttackOutcome:
         fell: int64 (N,), on the CPU: the start that broke the sample, counted from 1; 0 where it was misclassified
             without an attack, and -1 where it survived them all.
         seconds: wall time.
+        found: what an attack with one perturbation for all samples chose; None of others, and where none stood.
     """
 
     attack: str
@@ -38,6 +40,7 @@ class AttackOutcome:
     restarts: int
     fell: Tensor
     seconds: float
+    found: dict[str, Any] | None = None
 
     @property
     def robust(self) -> Tensor:
@@ -166,9 +169,10 @@ def run_attack(
     begin = perf_counter()
     search = Search(model, x, y, bounds, batch_size, generator)
     fell = search.robust().long().cpu().neg()  # -1 for those that stand, 0 for the others
+    found = None
     for start in range(1, attack.restarts + 1):
         if eps > 0:
-            search.restart(attack, eps)
+            found = search.restart(attack, eps)
         fell[(fell < 0) & ~search.robust().cpu()] = start
         if on_restart is not None:
             on_restart(eps, attack)
@@ -179,4 +183,5 @@ def run_attack(
         restarts=attack.restarts,
         fell=fell,
         seconds=perf_counter() - begin,
+        found=found,
     )

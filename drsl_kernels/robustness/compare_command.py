@@ -45,6 +45,7 @@ from .report import RESULTS, explanation, finding_lines, results_tables, write_r
 from .run_checks import CHECKS
 from .settings import TrainingSettings
 from .training_options import (
+    absum_option,
     adversarial_option,
     amp_option,
     batch_size_option,
@@ -53,11 +54,13 @@ from .training_options import (
     dataset_option,
     device_option,
     epochs_option,
+    l1_option,
     label_noise_option,
     lr_option,
     model_option,
     suited_to,
     threads_option,
+    weight_decay_option,
 )
 
 __all__ = ["compare_command"]
@@ -66,6 +69,8 @@ _DEFAULTS: Final = Judging()
 
 # Of this command's options those that `drsl train` has, by the same names.
 _OF_RUN: Final = ("model", "device", "threads", "data_dir")
+
+_REGULARIZERS: Final = ("weight_decay", "absum", "l1")
 
 # Bounds that keep seeds where torch takes them, in 64 bits.
 _MOST_SEEDS: Final = 10_000
@@ -115,6 +120,9 @@ _DEFAULT_TAUS: Final = "; ".join(
 @epochs_option
 @batch_size_option
 @lr_option
+@weight_decay_option
+@absum_option
+@l1_option
 @label_noise_option
 @amp_option
 @adversarial_option
@@ -280,7 +288,7 @@ def _settings(options: dict[str, Any]) -> Settings:
 
 def _training(given: dict[str, Any]) -> TrainingSettings:
     begun = suited_to(given.get("dataset", "digits"))
-    names = ("epochs", "batch_size", "lr", "label_noise", "amp", "adversarial", "dataset")
+    names = ("epochs", "batch_size", "lr", "label_noise", "amp", "adversarial", "dataset", *_REGULARIZERS)
     changes = {name: given[name] for name in names if name in given}
     attack = {name: given[f"train_{name}"] for name in ("eps", "steps") if f"train_{name}" in given}
     usual = changed_recipe(begun, changes).adversarial

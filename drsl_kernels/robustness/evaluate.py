@@ -9,12 +9,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
 
-from .attack_kinds import AnyAttack, check_attack, loss_name
+from .attack_kinds import AnyAttack, UniversalAttack, check_attack, loss_name
 from .attack_losses import margins_of
 from .attack_objects import REACH
 from .attacks import (
@@ -136,7 +136,8 @@ def worst_case(
 
     A sample that is misclassified without an attack is never robust. One that is broken, by any restart of
     any attack, is not attacked again; it counts as broken at every larger radius too, for the smaller ball
-    lies inside the larger. So robust accuracy never rises with eps.
+    lies inside the larger. So robust accuracy never rises with eps. An attack with one perturbation for all samples
+    (`FourierAttack`) chooses it on those that still stand when its turn comes.
 
     Args:
         model, x, y, bounds, generator: as in `pgd`.
@@ -212,9 +213,17 @@ class Search:
     def robust(self) -> Tensor:
         return self.margins > 0
 
-    def restart(self, attack: AnyAttack, eps: float) -> None:
-        """Attack, from one start, the samples that are still classified correctly."""
+    def restart(self, attack: AnyAttack, eps: float) -> dict[str, Any] | None:
+        """Attack, from one start, the samples that are still classified correctly.
+
+        Returns what an attack with one perturbation for all of them has chosen; None of others.
+        """
         standing = self.robust().nonzero().squeeze(1)
+        chosen = None
+        if isinstance(attack, UniversalAttack) and len(standing):
+            x, y = self.x[standing], self.y[standing]
+            settled = attack.settle(self.model, x, y, eps=eps, bounds=self.bounds, batch_size=self.batch_size)
+            attack, chosen = settled, settled.found()
         for start in range(0, len(standing), self.batch_size):
             rows = standing[start : start + self.batch_size]
             x, y = self.x[rows], self.y[rows]
@@ -228,6 +237,7 @@ class Search:
             better = margins < self.margins[rows]
             self.points[rows[better]] = found[better]
             self.margins[rows[better]] = margins[better]
+        return chosen
 
     def _margins(self, x: Tensor, y: Tensor) -> Tensor:
         look = partial(checked_logits, self.model, largest=self.largest)

@@ -1,7 +1,7 @@
 """The optimizer and the learning rate that a `Recipe` asks for.
 
 The learning rate is a function of the step alone, so that a run that goes on after an interruption has no schedule to
-restore. `train` relies on it.
+restore; proximal steps have no state either. Relies on `drsl_kernels.regularizers`; `train` relies on it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Final
 
 import torch
 from torch import nn
+
+from drsl_kernels.regularizers import L1, Absum
 
 from .recipe import Recipe
 
@@ -24,7 +26,26 @@ _END: Final = _BEGIN / 1e4
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum, Adam or AdamW over all parameters."""
+    """SGD with Nesterov momentum, Adam or AdamW over all parameters, with the recipe's proximal step behind each step.
+
+    A step that is skipped, as a gradient scaler does where gradients are not finite, has no proximal step.
+
+    Raises:
+        ValueError: absum or l1 for a model without convolutions.
+    """
+    optimizer = _optimizer(model, recipe)
+    regularizer: Absum | L1
+    if recipe.absum:
+        regularizer = Absum(model, recipe.absum)
+    elif recipe.l1:
+        regularizer = L1(model, recipe.l1)
+    else:
+        return optimizer
+    optimizer.register_step_post_hook(lambda stepped, *_: regularizer.step(stepped.param_groups[0]["lr"]))
+    return optimizer
+
+
+def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     parameters, rate, decay = model.parameters(), recipe.learning_rate, recipe.weight_decay
     if recipe.optimizer == "sgd":
         momentum = recipe.momentum

@@ -47,6 +47,9 @@ INNER_LOSSES: Final[tuple[str, ...]] = get_args(InnerLoss)
 # Optimizers make products of these numbers and weights; float32 must hold them.
 _TOO_LARGE: Final = 1e30
 
+# Fields that came after the first runs were written, and are 0 in all of those.
+_LATER: Final = ("absum", "l1")
+
 # The mode in which each paper's code crafts its examples.
 _MODE_OF: Final[dict[str, CraftMode]] = {"madry": "train", "trades": "eval"}
 
@@ -108,6 +111,9 @@ class Recipe:
         optimizer: "sgd" (Nesterov momentum where momentum is above 0), "adam" or "adamw".
         weight_decay: of all parameters; decoupled from the gradient in "adamw" alone.
         momentum: of "sgd".
+        absum, l1: weights of `drsl_kernels.absum_penalty` and `l1_penalty`, of all convolutions; one of them is 0. They
+            work by their proximal step, with the learning rate of the moment, after each step of the optimizer, and not
+            through the loss, which is logged without them.
         schedule: the learning rate, step by step: "constant"; "cosine", half a wave down to 0; "multistep", times 0.1
             at the start of each epoch after those in `milestones`; "onecycle", up and down again as in
             `torch.optim.lr_scheduler.OneCycleLR`, with momentum left as it is.
@@ -141,6 +147,8 @@ class Recipe:
     augmentation: Augmentation = "none"
     amp: Precision = "none"
     adversarial: Adversarial | None = None
+    absum: float = 0.0
+    l1: float = 0.0
 
     def __post_init__(self) -> None:
         _check_integer("epochs", self.epochs, 1)
@@ -149,6 +157,10 @@ class Recipe:
         _check_choice("optimizer", self.optimizer, OPTIMIZERS)
         _check_range("weight_decay", self.weight_decay, least=0, below=_TOO_LARGE)
         _check_range("momentum", self.momentum, least=0, below=1)
+        for name in ("absum", "l1"):
+            _check_range(name, getattr(self, name), least=0, below=_TOO_LARGE)
+        if self.absum and self.l1:  # one proximal step after the other is not that of their sum
+            raise ValueError(f"one of absum and l1 must be 0, got {self.absum!r} and {self.l1!r}")
         _check_choice("schedule", self.schedule, SCHEDULES)
         _check_range("warmup_epochs", self.warmup_epochs, least=0, below=self.epochs)
         if self.clip_norm is not None:
@@ -176,8 +188,12 @@ class Recipe:
             raise ValueError(f"warmup_epochs must be 0 with schedule 'onecycle', got {self.warmup_epochs!r}")
 
     def as_json(self) -> dict[str, Any]:
-        """Names, numbers, lists and dicts, as JSON gives them back."""
-        return asdict(self) | {"milestones": list(self.milestones)}
+        """Names, numbers, lists and dicts, as JSON gives them back.
+
+        Fields of `_LATER` are left out where they do nothing: so a run of before them is still the same run.
+        """
+        fields = {name: value for name, value in asdict(self).items() if value or name not in _LATER}
+        return fields | {"milestones": list(self.milestones)}
 
     @staticmethod
     def from_json(content: dict[str, Any]) -> Recipe:

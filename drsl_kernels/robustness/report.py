@@ -105,6 +105,9 @@ def training_in_words(training: TrainingSettings) -> str:
         said.append(f"at most {training.samples} training images")
     epochs = f"{recipe.epochs} epoch{'' if recipe.epochs == 1 else 's'}"
     said.append(f"{epochs} of {recipe.optimizer} at {recipe.learning_rate:g} ({recipe.schedule})")
+    for penalty, weight in (("weight decay", recipe.weight_decay), ("Absum", recipe.absum), ("L1", recipe.l1)):
+        if weight:
+            said.append(f"{penalty} {weight:g}")
     if attack is not None:
         said.append(
             f"adversarial training ({attack.method}) with {attack.steps} steps of {attack.alpha:.3g} within "

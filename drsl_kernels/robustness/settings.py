@@ -85,7 +85,8 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
         if isinstance(old, dict) and isinstance(new, dict):
             found += differences(old, new, f"{prefix}{name}.")
         else:
-            found.append(f"{prefix}{name} was {old!r} and is now {new!r}")
+            old, new = (repr(side[name]) if name in side else "not given" for side in (before, now))
+            found.append(f"{prefix}{name} was {old} and is now {new}")
     return found
 
 

@@ -25,6 +25,7 @@ from .recipe import AUGMENTATIONS, CRAFT_MODES, INNER_LOSSES, OPTIMIZERS, SCHEDU
 from .settings import TrainingSettings, default_tau
 from .training_logs import EpochRow
 from .training_options import (
+    absum_option,
     adversarial_option,
     amp_option,
     batch_size_option,
@@ -33,11 +34,13 @@ from .training_options import (
     dataset_option,
     device_option,
     epochs_option,
+    l1_option,
     label_noise_option,
     lr_option,
     model_option,
     suited_to,
     threads_option,
+    weight_decay_option,
 )
 
 __all__ = ["train_command"]
@@ -88,7 +91,9 @@ class _Milestones(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 @batch_size_option
 @click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="sgd has Nesterov momentum.")
 @lr_option
-@click.option("--weight-decay", type=float, help="Of all parameters.")
+@weight_decay_option
+@absum_option
+@l1_option
 @click.option("--momentum", type=float, help="Of sgd.  [default: 0.9]")
 @click.option("--schedule", type=click.Choice(SCHEDULES), help="How the learning rate changes; multistep: times 0.1.")
 @click.option("--milestones", type=_Milestones(), help="Epochs after which multistep lowers the rate, as in 75,90.")

@@ -19,6 +19,7 @@ from .recipe import AMP, METHODS, Recipe
 from .settings import TrainingSettings, default_attack, default_settings
 
 __all__ = [
+    "absum_option",
     "adversarial_option",
     "amp_option",
     "batch_size_option",
@@ -27,11 +28,13 @@ __all__ = [
     "dataset_option",
     "device_option",
     "epochs_option",
+    "l1_option",
     "label_noise_option",
     "lr_option",
     "model_option",
     "suited_to",
     "threads_option",
+    "weight_decay_option",
 ]
 
 _NONE: Final = "none"
@@ -41,6 +44,7 @@ _MOST_THREADS: Final = 1024
 _OF_RECIPE: Final = {
     **{name: name for name in ("epochs", "batch_size", "optimizer", "weight_decay", "momentum", "schedule")},
     **{name: name for name in ("milestones", "clip_norm", "label_smoothing", "label_noise", "augmentation", "amp")},
+    **{name: name for name in ("absum", "l1")},
     "lr": "learning_rate",
     "warmup": "warmup_epochs",
 }
@@ -62,6 +66,15 @@ batch_size_option = click.option(
     "--batch-size", type=click.IntRange(min=1), help="Images per step, of all processes together.  [default: 128]"
 )
 lr_option = click.option("--lr", type=float, help="Learning rate: the highest of the schedule.")
+weight_decay_option = click.option("--weight-decay", type=float, help="Of all parameters.")
+absum_option = click.option(
+    "--absum",
+    type=float,
+    help="Weight of the sums of convolution kernels (arXiv 1909.08830), by a proximal step.  [default: 0]",
+)
+l1_option = click.option(
+    "--l1", type=float, help="Weight of the L1 norm of convolution kernels, in place of --absum.  [default: 0]"
+)
 label_noise_option = click.option(
     "--label-noise",
     type=float,
