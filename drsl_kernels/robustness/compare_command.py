@@ -12,6 +12,8 @@ from typing import Any, Final, cast
 
 import click
 
+from drsl_kernels.spec import DISTANCES
+
 from .attack_names import KINDS, least_classes
 from .attack_options import (
     attack_parameters,
@@ -37,7 +39,15 @@ from .data import PARTS, Part, dataset_info
 from .engine import BEST, FILES
 from .experiment import Settings, compare, run_folder
 from .judging import JUDGED, Judging
-from .losses import ALL_LOSSES, BASELINE, DEFAULT_TAUS, SMOOTHED, TRUTHS, TRUTHS_IN_WORDS, TrainingLoss
+from .losses import (
+    ALL_LOSSES,
+    BASELINE,
+    DEFAULT_TAUS,
+    GAUSSIAN_IN_WORDS,
+    SMOOTHED,
+    TRUTHS_IN_WORDS,
+    TrainingLoss,
+)
 from .options import Distance, Folder, Names, Radii, Tau
 from .page import PAGES, write_pages
 from .pictures import PICTURES, draw_pictures
@@ -83,9 +93,8 @@ _DEFAULT_TAUS: Final = "; ".join(
     default="ce,uniform,non_target_logits",
     show_default=True,
     help=f"What to train with, names with commas between. {BASELINE} is cross-entropy alone, {SMOOTHED} the same with "
-    f"labels smoothed by tau, {TRUTHS_IN_WORDS}; each of "
-    f"{', '.join(name for name in ALL_LOSSES if name not in (BASELINE, SMOOTHED, *TRUTHS))} is cross-entropy plus tau "
-    "times the distance of that name.",
+    f"labels smoothed by tau, {TRUTHS_IN_WORDS}, {GAUSSIAN_IN_WORDS}; each of "
+    f"{', '.join(DISTANCES)} is cross-entropy plus tau times the distance of that name.",
 )
 @click.option(
     "--tau",

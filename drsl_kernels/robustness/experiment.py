@@ -24,7 +24,7 @@ from .checkpoint import load_model
 from .data import dataset_info, load
 from .identity import digest_of_file, digest_of_tensors, environment, plain
 from .judging import JUDGED, Judging, RunResult, judge, load_result, save_result
-from .losses import TrainingLoss
+from .losses import BASELINE, TrainingLoss
 from .masking import Check
 from .models import make_model
 from .run_checks import (
@@ -384,19 +384,22 @@ def _time(
     training, info = settings.training, dataset_info(settings.training.dataset)
     # A schedule would end before the rounds do.
     recipe = replace(training.recipe, schedule="constant", milestones=(), warmup_epochs=0.0)
-    make = partial(
-        make_model,
-        training.model,
-        shape=info.shape,
-        classes=info.classes,
-        seed=seed,
-        mean=info.mean,
-        std=info.std,
-    )
+
+    def make(loss: TrainingLoss) -> nn.Module:
+        return make_model(
+            training.model,
+            shape=info.shape,
+            classes=info.classes,
+            seed=seed,
+            mean=info.mean,
+            std=info.std,
+            head=loss.head,
+        )
+
     split = load(training.dataset, data_dir=training.data_dir, held_out="validation")
     x, y = split.train_x[: training.samples], split.train_y[: training.samples]
     try:
-        plan = plan_timing(len(losses), make, x, y, recipe, training.device)
+        plan = plan_timing(len(losses), partial(make, TrainingLoss(BASELINE)), x, y, recipe, training.device)
         x, y = (part[: plan.images].to(training.device) for part in (x, y))
         times = time_epochs(losses, make, x, y, recipe, rounds=plan.rounds)
     except FloatingPointError as error:
