@@ -16,6 +16,13 @@ from .mean_std import MeanStd
 
 __all__ = ["DetectionMeans", "detection_means", "detection_rows", "detection_words"]
 
+# Of each score, on the logits of a linear layer and on those of a Gaussian-mixture head.
+_NAMES: Final = {
+    "softmax": ("largest softmax value", "largest softmax value"),
+    "logsumexp": ("logsumexp (energy)", "log-likelihood, mixture"),
+    "logit": ("largest logit", "log-likelihood, class"),
+}
+
 _NOTICEABLE: Final = 0.02
 
 
@@ -80,7 +87,8 @@ def _words(comparison: Comparison) -> Iterator[str]:
     )
     yield (
         f"attacked: images that PGD with {judging.parameters.steps} steps on the log-odds broke, an attack that knows "
-        "nothing of the score. attacked, score too: PGD on the log-odds plus the score times "
+        "nothing of the score. attacked, score too: PGD on the log-odds, until the image is misclassified, plus "
+        "the score that the wrong classes give, times "
         f"{', '.join(f'{weight:g}' for weight in WEIGHTS)}, and of all broken twins of an image the one with the "
         "highest score. That is the figure to go by: an attacker who knows of the detector does this."
     )
@@ -105,9 +113,7 @@ def _verdict(loss: TrainingLoss, means: DetectionMeans) -> Iterator[str]:
 
 
 def _in_words(score: str, loss: TrainingLoss) -> str:
-    if score == "softmax":
-        return "largest softmax value"
-    return "log-likelihood" if loss.name == GAUSSIAN else "logsumexp (energy)"
+    return _NAMES[score][loss.name == GAUSSIAN]
 
 
 def _mean(values: Sequence[float | None]) -> MeanStd | None:
