@@ -120,6 +120,10 @@ class GaussianMixtureHead(nn.Module):
         r"""How likely features (N, D) are under the mixture with equal priors, shape (N,); abnormal ones have less.
 
         .. math:: \log \frac{1}{C} \sum_k e^{z_k} = \log p(f) + \tfrac{D}{2} \log 2 \pi
+
+        Classes that have become narrower than their Gaussians, as they can with identity covariance, leave a place
+        between the means that is likelier than they are. Where that is so the largest logit, which is the
+        log-likelihood under the predicted class alone, finds abnormal features better.
         """
         logits: Tensor = self(features)
         return logits.logsumexp(1) - math.log(self.classes)

@@ -14,12 +14,14 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
 
-from drsl_kernels.robustness import compare_command, detection, detection_run, train
+from drsl_kernels.robustness import compare_command, detection, detection_report, detection_run, train
 from drsl_kernels.robustness.commands import drsl
 from drsl_kernels.robustness.data import Split
 from drsl_kernels.robustness.detection import ATTACKS, SCORES, Detection, detect, strangers_to
+from drsl_kernels.robustness.detection_report import DetectionMeans
 from drsl_kernels.robustness.detection_run import DETECTED, Detector
 from drsl_kernels.robustness.losses import TrainingLoss
+from drsl_kernels.robustness.mean_std import MeanStd
 from drsl_kernels.robustness.models import make_model
 from drsl_kernels.robustness.recipe import Recipe
 
@@ -47,6 +49,12 @@ class TestScores:
         assert SCORES["logsumexp"](z, y).item() == pytest.approx(math.log(math.e + math.e**2))
         p = z.softmax(1)[0, 2].item()
         assert SCORES["softmax"](z, y).item() == pytest.approx(math.log(p / (1 - p)))
+
+    def test_what_the_joint_attack_ascends(self) -> None:
+        """Log-odds of 1 - p_y against p_y, in nats and at most 0.5, and ten times the largest wrong logit."""
+        z, y = torch.tensor([[1.0, 0.0], [0.0, 0.25], [0.0, 5.0]]), torch.tensor([0, 0, 0])
+        found = detection._Joint(SCORES["logit"], 10.0)(z, y)
+        torch.testing.assert_close(found, torch.tensor([-1.0 + 0.0, 0.25 + 2.5, 0.5 + 50.0]))
 
     def test_with_a_gaussian_mixture(self) -> None:
         model = make_model("mlp", shape=(1, 8, 8), classes=5, seed=0, head="gaussian")
@@ -169,8 +177,8 @@ class TestStrangers:
 
 
 class TestKept:
-    def detector(self, eps: float = 0.1) -> Detector:
-        return Detector({"noise": torch.zeros(2, 1, 8, 8)}, eps, 3)
+    def detector(self, eps: float = 0.1, pixel: float = 0.0) -> Detector:
+        return Detector({"noise": torch.full((2, 1, 8, 8), pixel)}, eps, 3)
 
     def test_what_was_made_is_found(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         made = (Detection("logit", 0.5, None, 3, 0, {"noise": 1.0}),)
@@ -182,12 +190,34 @@ class TestKept:
         assert self.detector().made(tmp_path, {"weights": "a"}) == made
         assert self.detector().made(tmp_path, {"weights": "b"}) is None
         assert self.detector(0.2).made(tmp_path, {"weights": "a"}) is None
+        assert self.detector(pixel=0.5).made(tmp_path, {"weights": "a"}) is None
         content = json.loads((tmp_path / DETECTED).read_text())
         for damaged in ({"detections": 3}, {"detections": [{"score": "logit"}]}, {"detections": None}):
             (tmp_path / DETECTED).write_text(json.dumps(content | damaged))
             assert self.detector().made(tmp_path, {"weights": "a"}) is None
         (tmp_path / DETECTED).write_text("[")
         assert self.detector().made(tmp_path, {"weights": "a"}) is None
+
+
+@pytest.mark.parametrize(
+    ("plain", "joint", "said"),
+    [
+        (None, None, ["no attack broke an image"]),
+        (None, 0.7, []),
+        (0.9, 0.89, []),
+        (0.9, 0.8, ["finds attacked images with 0.90, and with 0.80 once"]),
+        (0.9, 0.4, ["finds attacked images with 0.90, and it finds none once"]),
+        (0.4, 0.1, ["does not find attacked images (0.40)"]),
+    ],
+)
+def test_verdicts(plain: float | None, joint: float | None, said: list[str]) -> None:
+    plain_mean, joint_mean = (None if value is None else MeanStd(value, None) for value in (plain, joint))
+    means = DetectionMeans("logit", plain_mean, joint_mean, MeanStd(1, None), MeanStd(1, None), {})
+    found = list(detection_report._verdict(TrainingLoss("gm", 1.0), means))
+    assert len(found) == len(said)
+    for words, expected in zip(found, said, strict=True):
+        assert words.startswith("gm tau=1, log-likelihood, class: ")
+        assert expected in words
 
 
 TINY = ["--losses", "ce,gm", "--seeds", "2", "--epochs", "2", "--samples", "40", "--eps", "0.2", "--steps", "2"]
@@ -208,6 +238,8 @@ class TestComparison:
         ]
         monkeypatch.setattr(compare_command, "draw_pictures", draw)
         monkeypatch.setattr("drsl_kernels.robustness.timing.ROUNDS", 1)
+        images = SimpleNamespace(held_out_x=torch.rand(40, 1, 28, 28, generator=torch.Generator().manual_seed(0)))
+        monkeypatch.setattr(detection, "load", lambda *_, **__: images)
 
     def test_asked_for(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """In the terminal, in both pages, in results.json; and a second time nothing is attacked."""
@@ -221,6 +253,7 @@ class TestComparison:
             for i, means in enumerate(summary["detection"]):
                 noise = [run["detection"][i]["strangers"]["noise"] for run in runs]
                 assert means["strangers"]["noise"]["mean"] == pytest.approx(sum(noise) / 2)
+        assert "fashion_mnist" in results["runs"][0]["detection"][0]["strangers"]
         for text in (said, (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()):
             assert "Are abnormal images found?" in text
             assert "log-likelihood, class" in text

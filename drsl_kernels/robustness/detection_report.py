@@ -103,13 +103,16 @@ def _words(comparison: Comparison) -> Iterator[str]:
 
 def _verdict(loss: TrainingLoss, means: DetectionMeans) -> Iterator[str]:
     score = f"{loss}, {_in_words(means.score, loss)}"
-    if means.joint is None:
-        yield f"{score}: no attack broke an image, so nothing can be said of attacked ones."
-    elif means.plain is not None and means.plain.mean - means.joint.mean > _NOTICEABLE:
-        yield (
-            f"{score}: finds attacked images with {means.plain.mean:.2f}, but with {means.joint.mean:.2f} once the "
-            "attack goes for the score, too" + (": it is no defence." if means.joint.mean < 0.5 + _NOTICEABLE else ".")
-        )
+    if means.joint is None or means.plain is None:
+        if means.joint is None:
+            yield f"{score}: no attack broke an image, so nothing can be said of attacked ones."
+        return
+    plain, joint = means.plain.mean, means.joint.mean
+    if plain < 0.5 + _NOTICEABLE:
+        yield f"{score}: does not find attacked images ({plain:.2f}); they look as normal as the others, or more so."
+    elif plain - joint > _NOTICEABLE:
+        how = "it finds none" if joint < 0.5 + _NOTICEABLE else f"with {joint:.2f}"
+        yield f"{score}: finds attacked images with {plain:.2f}, and {how} once the attack goes for the score, too."
 
 
 def _in_words(score: str, loss: TrainingLoss) -> str:
