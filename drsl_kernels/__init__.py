@@ -7,6 +7,7 @@ from . import reference
 from ._version import __version__
 from .backends import Info, info
 from .functional import fused_drsl_loss, softmax_loss
+from .heads import GaussianMixtureHead, gaussian_mixture_loss
 from .members import GCELoss, ISCELoss, LogOddsLoss, MAELoss, gce_loss, isce_loss, log_odds_loss, mae_loss
 from .modules import DRSLLoss
 from .regularizers import L1, Absum, absum_penalty, absum_step, l1_penalty, l1_step
@@ -17,6 +18,7 @@ __all__ = [
     "Absum",
     "DRSLLoss",
     "GCELoss",
+    "GaussianMixtureHead",
     "ISCELoss",
     "Info",
     "LogOddsLoss",
@@ -26,6 +28,7 @@ __all__ = [
     "absum_penalty",
     "absum_step",
     "fused_drsl_loss",
+    "gaussian_mixture_loss",
     "gce_loss",
     "info",
     "isce_loss",

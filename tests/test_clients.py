@@ -269,6 +269,21 @@ def test_per_sample_gradients() -> None:
         torch.testing.assert_close(variables["to_input"][i], image.grad[0], rtol=1e-4, atol=1e-6)
 
 
+def test_gaussian_mixture() -> None:
+    """Digits are classified, and noise is farther from every mean."""
+    outcome = page("gaussian_mixture")
+    falls = losses(outcome.printed)
+    assert falls[-1] < 0.3 * falls[0]
+    variables = outcome.variables
+    logits, y = variables["logits"], variables["y"][1297:]
+    assert (logits.argmax(1) == y).float().mean() > 0.85
+    assert logits.amax(1).median() > variables["strange"].amax(1).median() + 0.5
+    one_hot = nn.functional.one_hot(y, 10)
+    want = nn.functional.cross_entropy(logits * (1 + 0.3 * one_hot), y) - (one_hot * logits).sum(1).mean()
+    found = variables["head"].loss(variables["body"](variables["x"][1297:]), y, alpha=0.3, likelihood=1.0)
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+
+
 def test_distributed(tmp_path: Path) -> None:
     path = DOCS / "distributed.md"
     (command,) = blocks(path, "console")

@@ -88,7 +88,7 @@ def batch(self):
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
 experiment._CHECKPOINT_SECONDS = 1e-9
-experiment._Epochs.batch = batch
+experiment.Epochs.batch = batch
 drsl(sys.argv[1:])
 """
 
@@ -104,13 +104,13 @@ class TestRuns:
         assert done.returncode == -signal.SIGKILL
         assert not (tmp_path / "results.json").exists()
         begun: list[tuple[int, int]] = []
-        begin = experiment._Epochs.begin
+        begin = experiment.Epochs.begin
 
         def spy(self: Any, settings: TrainingSettings, epoch: int, batches: int, batch: int) -> None:
             begun.append((epoch, batch))
             begin(self, settings, epoch, batches, batch)
 
-        monkeypatch.setattr(experiment._Epochs, "begin", spy)
+        monkeypatch.setattr(experiment.Epochs, "begin", spy)
         invoke("compare", *TINY, "--out", tmp_path)
         assert begun[0] == (2, 2 if batches == 8 else 1)
         assert outcome(tmp_path) == outcome(undisturbed)

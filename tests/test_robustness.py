@@ -294,7 +294,7 @@ class TestTraining:
 
     def test_timing_covers_the_losses_asked_for(self, split: Any) -> None:
         losses = [TrainingLoss("uniform", 0.3), TrainingLoss("ce")]
-        times = time_epochs(losses, lambda: small_cnn(0), split.train_x, split.train_y, Recipe(), rounds=2)
+        times = time_epochs(losses, lambda _: small_cnn(0), split.train_x, split.train_y, Recipe(), rounds=2)
         assert list(times) == losses
         assert times[TrainingLoss("ce")].ratio == 1
         assert all(time.seconds > 0 and time.ratio > 0 for time in times.values())

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .attack_losses import objective_of
 from .attacks import evaluation_mode
 from .balls import ascent_direction, project, random_point
-from .losses import BatchResult, TrainingLoss
+from .losses import BatchLoss, BatchResult
 from .recipe import Adversarial, Recipe
 
 __all__ = ["adversarial_examples", "batch_result", "draw_starts"]
@@ -36,7 +36,7 @@ _BOUNDS: Final = (0.0, 1.0)
 
 
 def batch_result(
-    model: nn.Module, x: Tensor, y: Tensor, starts: Tensor | None, loss: TrainingLoss, recipe: Recipe
+    model: nn.Module, x: Tensor, y: Tensor, starts: Tensor | None, loss: BatchLoss, recipe: Recipe
 ) -> BatchResult:
     """The loss of one batch, plain or adversarial, and the sums of its log.
 
@@ -45,6 +45,7 @@ def batch_result(
     Args:
         x, y: the images (N, ...) in [0, 1] and their classes (N,).
         starts: from `draw_starts`, the rows of x; None where the recipe draws none.
+        loss: of this step, from `TrainingLoss.at`.
     """
     adversarial = recipe.adversarial
     if adversarial is None:
@@ -100,7 +101,7 @@ def _no_float16(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _madry_inner(adversarial: Adversarial, y: Tensor, loss: TrainingLoss, recipe: Recipe) -> _Inner:
+def _madry_inner(adversarial: Adversarial, y: Tensor, loss: BatchLoss, recipe: Recipe) -> _Inner:
     def inner(logits: Tensor) -> Tensor:
         if adversarial.loss == "training":
             return loss(logits, y, label_smoothing=recipe.label_smoothing).loss * len(y)

@@ -14,10 +14,10 @@ from typing import Final, Literal, TypeAlias, cast, get_args
 import torch.nn.functional as F
 from torch import Tensor
 
-from drsl_kernels import softmax_loss
+from drsl_kernels import gaussian_mixture_loss, softmax_loss
 from drsl_kernels.spec import DISTANCES, Distance, Truth
 
-from .losses import BASELINE, SMOOTHED, TrainingLoss
+from .losses import BASELINE, GAUSSIAN, LARGEST_MARGIN, SMOOTHED, TrainingLoss
 
 __all__ = ["ATTACK_LOSSES", "AttackLoss", "AttackLossName", "Objective", "margins_of", "objective_of", "per_sample"]
 
@@ -68,6 +68,15 @@ def per_sample(loss: TrainingLoss, *, label_smoothing: float = 0.0) -> Callable[
     def training(logits: Tensor, y: Tensor) -> Tensor:
         if loss.name in (BASELINE, SMOOTHED):
             return F.cross_entropy(logits, y, reduction="none", label_smoothing=smoothing)
+        if loss.name == GAUSSIAN:
+            return gaussian_mixture_loss(
+                logits,
+                y,
+                alpha=LARGEST_MARGIN,
+                likelihood=loss.tau,
+                reduction="none",
+                label_smoothing=smoothing,
+            )
         return softmax_loss(
             logits,
             y,

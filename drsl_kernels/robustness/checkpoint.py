@@ -1,8 +1,8 @@
 """Checkpoints: files that hold a model and what it is, whole or absent, read without running any code in them.
 
-A checkpoint is a dict: "format" (1), "about" (dataset, model, shape, classes, mean, std, seed, loss, recipe, data_dir,
-epoch, versions), "model" (its state_dict) and, in one that training can go on from, "state". Relies on `storage`,
-`data`, `losses` and `models`; `engine` and the attacks rely on it.
+A checkpoint is a dict: "format" (1), "about" (dataset, model, shape, classes, mean, std, head, seed, loss, recipe,
+data_dir, epoch, versions), "model" (its state_dict) and, in one that training can go on from, "state". Relies on
+`storage`, `data`, `losses` and `models`; `engine` and the attacks rely on it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ _ABOUT: Final[dict[str, tuple[type, ...]]] = {
     **dict.fromkeys(("dataset", "model"), (str,)),
     **dict.fromkeys(("classes", "seed"), (int,)),
     **dict.fromkeys(("shape", "mean", "std"), (list, tuple)),
+    "head": (str, type(None)),  # None in those of a time when all were linear
     "loss": (dict,),
     "recipe": (dict, type(None)),
     "data_dir": (str, type(None)),
@@ -109,6 +110,7 @@ def load_model(path: Path | str, *, device: torch.device | str = "cpu") -> Loade
             seed=about["seed"],
             mean=about["mean"],
             std=about["std"],
+            head=about.get("head") or "linear",
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} does not tell what model it holds: {error}") from error

@@ -1,6 +1,6 @@
-"""What all classifiers have in common: normalised input, features, and a linear head.
+"""What all classifiers have in common: normalised input, features, and a head.
 
-Relies on torch; `models` and `residual_networks` rely on it.
+Relies on `drsl_kernels.heads`; `models` and `residual_networks` rely on it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from drsl_kernels import GaussianMixtureHead
+
 __all__ = ["Classifier", "Normalize", "Shape"]
 
 Shape: TypeAlias = tuple[int, int, int]
@@ -20,10 +22,18 @@ Shape: TypeAlias = tuple[int, int, int]
 class Classifier(nn.Module):
     """`features` maps images (N, channels, height, width) in [0, 1] to (N, d), `head` that to logits (N, classes)."""
 
+    head: nn.Linear | GaussianMixtureHead
+
     def __init__(self, features: nn.Module, head: nn.Linear) -> None:
         super().__init__()
         self.features = features
         self.head = head
+
+    def make_gaussian(self) -> None:
+        """Put a new `GaussianMixtureHead` in the place of the linear one, for the same features and classes."""
+        linear = self.head
+        assert isinstance(linear, nn.Linear)
+        self.head = GaussianMixtureHead(linear.in_features, linear.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.features(x))

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 import click
+from rich.table import Table
+
+from drsl_kernels.spec import DISTANCES
 
 from .attack_names import KINDS, least_classes
 from .attack_options import (
@@ -34,10 +37,20 @@ from .command_parts import (
     reproducible,
 )
 from .data import PARTS, Part, dataset_info
+from .detection_report import detection_rows, detection_words
+from .detection_run import DETECTED
 from .engine import BEST, FILES
-from .experiment import Settings, compare, run_folder
+from .experiment import Comparison, Settings, compare, run_folder
 from .judging import JUDGED, Judging
-from .losses import ALL_LOSSES, BASELINE, DEFAULT_TAUS, SMOOTHED, TRUTHS, TRUTHS_IN_WORDS, TrainingLoss
+from .losses import (
+    ALL_LOSSES,
+    BASELINE,
+    DEFAULT_TAUS,
+    GAUSSIAN_IN_WORDS,
+    SMOOTHED,
+    TRUTHS_IN_WORDS,
+    TrainingLoss,
+)
 from .options import Distance, Folder, Names, Radii, Tau
 from .page import PAGES, write_pages
 from .pictures import PICTURES, draw_pictures
@@ -88,9 +101,8 @@ _DEFAULT_TAUS: Final = "; ".join(
     default="ce,uniform,non_target_logits",
     show_default=True,
     help=f"What to train with, names with commas between. {BASELINE} is cross-entropy alone, {SMOOTHED} the same with "
-    f"labels smoothed by tau, {TRUTHS_IN_WORDS}; each of "
-    f"{', '.join(name for name in ALL_LOSSES if name not in (BASELINE, SMOOTHED, *TRUTHS))} is cross-entropy plus tau "
-    "times the distance of that name.",
+    f"labels smoothed by tau, {TRUTHS_IN_WORDS}, {GAUSSIAN_IN_WORDS}; each of "
+    f"{', '.join(DISTANCES)} is cross-entropy plus tau times the distance of that name.",
 )
 @click.option(
     "--tau",
@@ -168,6 +180,12 @@ _DEFAULT_TAUS: Final = "; ".join(
     help="Images that the masking checks look at; 0 for no checks.",
 )
 @click.option(
+    "--detect",
+    is_flag=True,
+    help="Try, too, how well a score of each network (the log-likelihood for gm) tells attacked images and images of "
+    "another kind from normal ones; with an attack on the classifier alone, and with one that goes for the score, too.",
+)
+@click.option(
     "--samples",
     type=click.IntRange(min=1),
     help="Both --train-images and --test-images, where they are not given. For a quick try.",
@@ -212,6 +230,8 @@ def compare_command(
       drsl compare --dataset fashion_mnist --adversarial trades --attacks pgd,square --test-images 1000
     Is a gain real? Attack harder, and so far that nothing should survive:
       drsl compare --steps 100 --restarts 10 --eps 0.1,0.4 --out harder
+    Are attacked images at least noticed?
+      drsl compare --losses ce,gm --detect
     Choose tau without a look at the test images:
       drsl compare --held-out validation --seed 100 --seeds 5 --eps 0.1 --restarts 2 --out sweep \\
         --tau uniform=0.1,0.3,1,3,10,30,100 --tau non_target_logits=0.03,0.05,0.1,0.3,1,3
@@ -245,9 +265,24 @@ def compare_command(
         console.print(table)
     for line in finding_lines(comparison):
         console.print(line, highlight=False)
+    for found in _detection(comparison):
+        console.print(found, highlight=False)
     for what, meaning in explanation(comparison).items():
         console.print(f"{what}: {meaning}", highlight=False)
     console.print(f"Written to {out}: {', '.join(RESULTS)}, {', '.join(PICTURES)}, {', '.join(PAGES)}", soft_wrap=True)
+
+
+def _detection(comparison: Comparison) -> list[Table | str]:
+    """What `--detect` found: a table, and how to read it."""
+    rows = detection_rows(comparison)
+    if not rows:
+        return []
+    table = Table(title="Are abnormal images found? ROC-AUC")
+    for i, name in enumerate(rows[0]):
+        table.add_column(name, justify="right" if i > 1 else "left")
+    for row in rows[1:]:
+        table.add_row(*row)
+    return [table, *detection_words(comparison)]
 
 
 def _contestants(names: tuple[str, ...], taus: tuple[tuple[TrainingLoss, ...], ...]) -> list[TrainingLoss]:
@@ -283,7 +318,7 @@ def _settings(options: dict[str, Any]) -> Settings:
         held_out=cast(Part, options["held_out"]),
         images=options["test_images"] or options["samples"],
     )
-    return Settings(training, judging, options["check_images"])
+    return Settings(training, judging, options["check_images"], options["detect"])
 
 
 def _training(given: dict[str, Any]) -> TrainingSettings:
@@ -305,5 +340,5 @@ def _training(given: dict[str, Any]) -> TrainingSettings:
 
 def _prepare(out: Path, runs: Sequence[Path]) -> None:
     """What is in the way is found before the work; folders of runs come with the runs."""
-    kept = [run / name for run in runs if run.exists() for name in (*FILES, BEST, JUDGED, CHECKS)]
+    kept = [run / name for run in runs if run.exists() for name in (*FILES, BEST, JUDGED, CHECKS, DETECTED)]
     prepare_folder(out, [out / "runs" / "any", *kept, *(out / name for name in (*RESULTS, *PICTURES, *PAGES))])

@@ -180,6 +180,7 @@ class _Training:
             seed=settings.seed,
             mean=self.info.mean,
             std=self.info.std,
+            head=settings.loss.head,
         ).to(device)
         self.optimizer = make_optimizer(self.model, settings.recipe)
         self.scaler = make_scaler(settings.recipe, device)
@@ -329,6 +330,7 @@ class _Training:
             "classes": self.info.classes,
             "mean": list(self.info.mean),
             "std": list(self.info.std),
+            "head": self.settings.loss.head,
             "epoch": len(self.rows),
             "drsl_kernels": __version__,
             "torch": str(torch.__version__),

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,14 @@ from torch import Tensor, nn
 from . import engine
 from .checkpoint import load_model
 from .data import dataset_info, load
+from .detection import ATTACKS, Detection
+from .detection_run import DETECTED, Detector
 from .identity import digest_of_file, digest_of_tensors, environment, plain
 from .judging import JUDGED, Judging, RunResult, judge, load_result, save_result
-from .losses import TrainingLoss
+from .losses import BASELINE, TrainingLoss
 from .masking import Check
 from .models import make_model
+from .progress import Epochs, Progress
 from .run_checks import (
     CHECKS,
     Finding,
@@ -39,7 +42,6 @@ from .run_checks import (
 )
 from .settings import TrainingSettings, default_settings, differences
 from .timing import EpochTime, Timed, plan_timing, time_epochs
-from .training_logs import EpochRow
 
 __all__ = ["Comparison", "Progress", "Settings", "compare", "run_folder"]
 
@@ -48,7 +50,6 @@ _REVISION: Final = 3
 
 # The same for the masking checks, whose numbers are kept apart.
 _CHECKS_REVISION: Final = 1
-
 # Of training that is killed, no more is lost than this.
 _CHECKPOINT_SECONDS: Final = 10.0
 
@@ -61,6 +62,7 @@ class Settings:
         training: how every run is trained, and where it is computed; its loss and its seed are replaced.
         judging: the images to judge with, and the attacks.
         check_images: how many of these the masking checks look at; 0 for no checks.
+        detect: whether to try how well scores of the models find abnormal images, see `detection`.
 
     Raises:
         ValueError: check_images below 0.
@@ -69,6 +71,7 @@ class Settings:
     training: TrainingSettings = field(default_factory=lambda: default_settings("digits"))
     judging: Judging = field(default_factory=Judging)
     check_images: int = 256
+    detect: bool = False
 
     def __post_init__(self) -> None:
         if self.check_images < 0:
@@ -79,15 +82,16 @@ class Settings:
 
     def as_json(self) -> dict[str, Any]:
         training = _training_json(self.training, without=("loss", "seed"))
-        return {"training": training, **self.judging.as_json(), "check_images": self.check_images}
+        looked = {"check_images": self.check_images, "detect": self.detect}
+        return {"training": training, **self.judging.as_json(), **looked}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The outcome of `compare`: runs by loss, then seed, and the masking checks of each.
+    """The outcome of `compare`: runs by loss, then seed, and of each the masking checks and the detection of strangers.
 
     `reused` counts the runs that were found judged, `threads` are those that each run was made with. `timed` is None,
-    and `times` empty, where timing went wrong.
+    and `times` empty, where timing went wrong. `detections` is empty where it was not asked for.
     """
 
     settings: Settings
@@ -99,6 +103,7 @@ class Comparison:
     timed: Timed | None
     reused: int
     threads: tuple[int, ...]
+    detections: tuple[tuple[Detection, ...], ...] = ()
 
     def of(self, loss: TrainingLoss) -> list[RunResult]:
         return [run for run in self.runs if run.loss == loss]
@@ -115,25 +120,6 @@ class Comparison:
         """A run's accuracies, ascending in eps; eps 0 is the clean one."""
         radii = self.settings.judging.epsilons
         return {0.0: run.clean_accuracy} | dict(zip(radii, run.robust_accuracy, strict=True))
-
-
-class Progress(Protocol):
-    """Who wants to know how far the work is."""
-
-    def begin_run(self, label: str, steps: int) -> None:
-        """A run of so many steps begins."""
-
-    def step(self, doing: str) -> None:
-        """One step is done; `doing` says of what kind."""
-
-    def end_run(self) -> None:
-        """The run is finished, or was found finished."""
-
-    def begin_timing(self) -> None:
-        """All runs are finished; what remains is to time the losses."""
-
-    def note(self, text: str) -> None:
-        """Something worth a line."""
 
 
 def compare(
@@ -161,18 +147,20 @@ def compare(
     training = settings.training
     x, y = _images_to_judge_with(settings)
     images = digest_of_tensors(x, y)
+    detector = Detector.of(training, settings.judging, x) if settings.detect else None
     x, y = x.to(training.device), y.to(training.device)
-    runs, checks, threads = [], [], []
+    runs, checks, detections, threads = [], [], [], []
     reused = 0
     for loss in losses:
         for seed in seeds:
             place = run_folder(folder, loss, seed)
-            run = _Run(settings, loss, seed, place, images, progress)
+            run = _Run(settings, loss, seed, place, images, detector, progress)
             progress.begin_run(f"{loss}, seed {seed}", run.steps())
-            result, found, was_judged = run.outcome(x, y, fresh)
+            result, found, detected, was_judged = run.outcome(x, y, fresh)
             reused += was_judged
             runs.append(result)
             checks.append(found)
+            detections.append(detected)
             threads.append(run.training.threads)
             progress.end_run()
     progress.begin_timing()
@@ -187,6 +175,7 @@ def compare(
         timed,
         reused,
         tuple(threads),
+        tuple(detections) if settings.detect else (),
     )
 
 
@@ -204,6 +193,7 @@ class _Run:
     seed: int
     folder: Path
     images: str  # their digest
+    detector: Detector | None
     progress: Progress
 
     def __post_init__(self) -> None:
@@ -211,24 +201,28 @@ class _Run:
 
     def steps(self) -> int:
         checks = count_checks(self.settings.judging) if self.settings.check_images else 0
-        return self.training.recipe.epochs + self.settings.judging.starts() + checks
+        attacks = ATTACKS if self.settings.detect else 0
+        return self.training.recipe.epochs + self.settings.judging.starts() + checks + attacks
 
-    def outcome(self, x: Tensor, y: Tensor, fresh: bool) -> tuple[RunResult, tuple[Check, ...], bool]:
-        """What judging and the checks find, and whether judging had found it before.
+    def outcome(
+        self, x: Tensor, y: Tensor, fresh: bool
+    ) -> tuple[RunResult, tuple[Check, ...], tuple[Detection, ...], bool]:
+        """What judging, the checks and detection find, and whether judging had found it before.
 
         While there is something to do the folder is this process's own; what is finished any number may read.
         """
         if not fresh and self.obstacle() is None:
             result = self.judged()
             checks = None if result is None else self.checked(result)
-            if result is not None and checks is not None:
-                return result, checks, True
+            detected = None if result is None else self.detected()
+            if result is not None and checks is not None and detected is not None:
+                return result, checks, detected, True
         with engine.sole_use(self.folder):
             self.make_way(fresh)
             with _on_threads(self.training.threads):
                 judged = self.judged()
                 result = judged or self.judge(x, y)
-                return result, self.check(result, x, y), judged is not None
+                return result, self.check(result, x, y), self.detect(x, y), judged is not None
 
     def obstacle(self) -> str | None:
         """Why the run in the folder cannot be used, in words.
@@ -253,7 +247,7 @@ class _Run:
                 return
             self.progress.note(f"{self.folder} {obstacle}")
         # The settings go last: if this is interrupted, the next attempt finds that they are others.
-        for name in (CHECKS, JUDGED, engine.LAST, engine.BEST, engine.METRICS, engine.SETTINGS):
+        for name in (DETECTED, CHECKS, JUDGED, engine.LAST, engine.BEST, engine.METRICS, engine.SETTINGS):
             (self.folder / name).unlink(missing_ok=True)
         shutil.rmtree(self.folder / engine.CURVES, ignore_errors=True)
 
@@ -271,7 +265,7 @@ class _Run:
             resume=True,
             tensorboard=False,
             checkpoint_seconds=_CHECKPOINT_SECONDS,
-            progress=_Epochs(self.progress),
+            progress=Epochs(self.progress),
             holds_folder=True,
         )
         result = judge(
@@ -309,6 +303,20 @@ class _Run:
         save_checks(self.folder / CHECKS, self._checks_identity(), made)
         return (*made, *checks_of_cascade(result, judging))
 
+    def detected(self) -> tuple[Detection, ...] | None:
+        """How well scores find abnormal images, if that has been tried."""
+        return () if self.detector is None else self.detector.made(self.folder, self._identity())
+
+    def detect(self, x: Tensor, y: Tensor) -> tuple[Detection, ...]:
+        """How well scores find abnormal images; what was found before is used."""
+        found = self.detected()
+        if found is not None:
+            return found
+        assert self.detector is not None  # else nothing was asked for, and found
+        return self.detector.make(
+            self.folder, self._identity(), self._model(), x, y, seed=self.seed, progress=self.progress
+        )
+
     def _checks_identity(self) -> dict[str, Any]:
         checks = {"checks_revision": _CHECKS_REVISION, "check_images": self.settings.check_images}
         return self._identity() | checks
@@ -329,28 +337,6 @@ class _Run:
             }
         )
         return identity
-
-
-class _Epochs(engine.Silent):
-    """Hands the progress of training on, epoch by epoch."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._done = 0
-
-    def begin(self, settings: TrainingSettings, epoch: int, batches: int, batch: int) -> None:
-        while self._done < epoch - 1:  # those of an earlier process
-            self._step()
-
-    def epoch(self, row: EpochRow, best: bool) -> None:
-        self._step()
-
-    def note(self, text: str) -> None:
-        self._progress.note(text)
-
-    def _step(self) -> None:
-        self._done += 1
-        self._progress.step("training")
 
 
 @contextmanager
@@ -384,19 +370,22 @@ def _time(
     training, info = settings.training, dataset_info(settings.training.dataset)
     # A schedule would end before the rounds do.
     recipe = replace(training.recipe, schedule="constant", milestones=(), warmup_epochs=0.0)
-    make = partial(
-        make_model,
-        training.model,
-        shape=info.shape,
-        classes=info.classes,
-        seed=seed,
-        mean=info.mean,
-        std=info.std,
-    )
+
+    def make(loss: TrainingLoss) -> nn.Module:
+        return make_model(
+            training.model,
+            shape=info.shape,
+            classes=info.classes,
+            seed=seed,
+            mean=info.mean,
+            std=info.std,
+            head=loss.head,
+        )
+
     split = load(training.dataset, data_dir=training.data_dir, held_out="validation")
     x, y = split.train_x[: training.samples], split.train_y[: training.samples]
     try:
-        plan = plan_timing(len(losses), make, x, y, recipe, training.device)
+        plan = plan_timing(len(losses), partial(make, TrainingLoss(BASELINE)), x, y, recipe, training.device)
         x, y = (part[: plan.images].to(training.device) for part in (x, y))
         times = time_epochs(losses, make, x, y, recipe, rounds=plan.rounds)
     except FloatingPointError as error:

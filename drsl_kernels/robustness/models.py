@@ -16,7 +16,18 @@ from torch import nn
 from .classifier import Classifier, Normalize, Shape
 from .residual_networks import ResNet18, WideResNet
 
-__all__ = ["MLP", "MODELS", "Classifier", "Normalize", "ResNet18", "SmallCNN", "WideResNet", "make_model", "small_cnn"]
+__all__ = [
+    "HEADS",
+    "MLP",
+    "MODELS",
+    "Classifier",
+    "Normalize",
+    "ResNet18",
+    "SmallCNN",
+    "WideResNet",
+    "make_model",
+    "small_cnn",
+]
 
 _C = TypeVar("_C", bound=Classifier)
 
@@ -90,6 +101,8 @@ _MODELS: Final[dict[str, Callable[[int, Shape, Sequence[float], Sequence[float]]
 }
 MODELS: tuple[str, ...] = tuple(_MODELS)
 
+HEADS: Final = ("linear", "gaussian")
+
 # The pooling of the small CNN takes 4x4 pixels to one; the others work from one pixel on.
 _SMALLEST: Final = {"small_cnn": 4}
 
@@ -102,6 +115,7 @@ def make_model(
     seed: int,
     mean: Sequence[float] = (0.0,),
     std: Sequence[float] = (1.0,),
+    head: str = "linear",
 ) -> Classifier:
     """A classifier whose first weights depend on `seed` alone; the global random state is left as it was.
 
@@ -118,14 +132,16 @@ def make_model(
         classes: number of logits; 2 or more.
         seed: of the first weights.
         mean, std: what pixels in [0, 1] are normalised with, one value per channel or one for all.
+        head: one of `HEADS`: "linear", or "gaussian" for a `drsl_kernels.GaussianMixtureHead` with identity
+            covariance. The first weights of `features` are the same.
 
     Returns:
         A model on the CPU in training mode, float32, channels last. It maps x (N, channels, height, width) in [0, 1]
-        to logits (N, classes); its `features` maps x to what its `head`, a linear layer, takes.
+        to logits (N, classes); its `features` maps x to what its `head` takes.
 
     Raises:
-        ValueError: an unknown name, images too small for the model, fewer than 2 classes, or mean or std of another
-            length, std not above 0.
+        ValueError: an unknown name or head, images too small for the model, fewer than 2 classes, or mean or std of
+            another length, std not above 0.
     """
     if name not in _MODELS:
         raise ValueError(f"name must be one of {', '.join(MODELS)}, got {name!r}")
@@ -137,7 +153,16 @@ def make_model(
         )
     if classes < 2:
         raise ValueError(f"classes must be 2 or more, got {classes!r}")
-    return _seeded(seed, lambda: _MODELS[name](classes, shape, mean, std))
+    if head not in HEADS:
+        raise ValueError(f"head must be one of {', '.join(map(repr, HEADS))}, got {head!r}")
+
+    def make() -> Classifier:
+        model = _MODELS[name](classes, shape, mean, std)
+        if head == "gaussian":
+            model.make_gaussian()
+        return model
+
+    return _seeded(seed, make)
 
 
 def small_cnn(seed: int, classes: int = 10) -> SmallCNN:

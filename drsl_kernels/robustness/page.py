@@ -14,19 +14,23 @@ from pathlib import Path
 from typing import Final
 
 from .attack_names import eps_names
+from .detection_report import detection_rows, detection_words
 from .experiment import Comparison
 from .identity import environment
 from .inside_pictures import attack_correlation
 from .insight import PLANE_IMAGES
 from .judging import LISTED
 from .losses import BASELINE, TrainingLoss
+from .mean_std import MeanStd
 from .pictures import PICTURES
-from .report import MeanStd, accuracies, explanation, felled_by, time_rows
+from .report import accuracies, explanation, felled_by, time_rows
 from .storage import write_atomically
 
 __all__ = ["PAGES", "write_pages"]
 
 PAGES: Final = ("report.md", "report.html")
+
+_DETECTION: Final = "Are abnormal images found?"
 
 _CAPTIONS: Final = {
     "robust_accuracy.png": "Accuracy against the size of the perturbation.",
@@ -58,6 +62,8 @@ class _Page:
     head: list[str]
     rows: list[list[str]]
     meaning: list[str]
+    detection: list[list[str]]
+    detected: list[str]
     captions: dict[str, str]
 
 
@@ -92,6 +98,8 @@ def _page(comparison: Comparison) -> _Page:
         head=["trained with", *map(str, losses)],
         rows=rows,
         meaning=[*meaning, f"made with: {software}"],
+        detection=detection_rows(comparison),
+        detected=detection_words(comparison),
         captions=_captions(comparison),
     )
 
@@ -176,14 +184,20 @@ def _markdown(page: _Page) -> str:
     lines = [f"# {page.title}", ""]
     if page.sober:
         lines += ["What to keep in mind first:", "", *(f"- {words}" for words in page.sober), ""]
-    rows = [page.head, ["---", *["---:"] * (len(page.head) - 1)], *page.rows]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    lines += _markdown_table(page.head, page.rows)
     lines += ["", "In %, but for the last lines.", "", *(f"- {words}" for words in page.meaning), ""]
     for heading, said in _lists(page):
         lines += [f"## {heading}", "", *(f"- {words}" for words in said), ""]
+    if page.detection:
+        lines += [f"## {_DETECTION}", "", *_markdown_table(page.detection[0], page.detection[1:]), ""]
+        lines += [*(f"- {words}" for words in page.detected), ""]
     for name in PICTURES:
         lines += [f"![{page.captions[name]}]({name})", ""]
     return "\n".join(lines)
+
+
+def _markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---", *["---:"] * (len(head) - 1)], *rows)]
 
 
 def _lists(page: _Page) -> list[tuple[str, list[str]]]:
@@ -196,17 +210,24 @@ def _html(page: _Page, folder: Path) -> str:
     def items(all_words: list[str]) -> str:
         return "<ul>" + "".join(f"<li>{escape(words)}</li>" for words in all_words) + "</ul>"
 
-    head = "<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in page.head) + "</tr>"
-    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in page.rows)
     figures = "".join(_figure(folder / name, page.captions[name]) for name in PICTURES)
     lists = "".join(f"<h2>{escape(heading)}</h2>{items(said)}" for heading, said in _lists(page))
+    if page.detection:
+        table = _html_table(page.detection[0], page.detection[1:])
+        lists += f"<h2>{escape(_DETECTION)}</h2>{table}{items(page.detected)}"
     sober = f"<p>What to keep in mind first:</p>{items(page.sober)}" if page.sober else ""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>'
         f"{escape(page.title)}</title><style>{_STYLE}</style></head>\n<body><h1>{escape(page.title)}</h1>\n{sober}\n"
-        f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>\n<p>In %, but for the last lines.</p>\n"
+        f"{_html_table(page.head, page.rows)}\n<p>In %, but for the last lines.</p>\n"
         f"{items(page.meaning)}\n{lists}\n{figures}\n</body></html>\n"
     )
+
+
+def _html_table(head: list[str], rows: list[list[str]]) -> str:
+    cells = "<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead>{cells}</thead><tbody>{body}</tbody></table>"
 
 
 def _figure(path: Path, caption: str) -> str:

@@ -8,19 +8,20 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any, Final
 
 from rich.table import Table
 from rich.text import Text
 
 from .attack_names import attacks_in_words, eps_names
+from .detection_report import detection_means
 from .experiment import Comparison
 from .identity import environment
 from .judging import RunResult
 from .losses import TrainingLoss
+from .mean_std import MeanStd
 from .run_checks import Finding
 from .settings import TrainingSettings
 from .storage import write_atomically, write_json
@@ -43,22 +44,6 @@ RESULTS: Final = ("results.json", "results.csv")
 _COLUMNS: Final = 4
 
 _CSV_COLUMNS: Final = ("loss", "tau", "seed", "eps", "accuracy", "correct", "images")
-
-
-@dataclass(frozen=True)
-class MeanStd:
-    """Mean and sample standard deviation (divisor n - 1) over seeds; no deviation from a single seed."""
-
-    mean: float
-    std: float | None
-
-    @staticmethod
-    def of(values: Sequence[float]) -> MeanStd:
-        return MeanStd(mean(values), stdev(values) if len(values) > 1 else None)
-
-    def percent(self) -> str:
-        spread = "" if self.std is None else f" ± {100 * self.std:.1f}"
-        return f"{100 * self.mean:.1f}{spread}"
 
 
 def explanation(comparison: Comparison) -> dict[str, str]:
@@ -181,6 +166,7 @@ def felled_by(comparison: Comparison, run: RunResult) -> list[dict[str, Any]]:
 
 def _as_json(comparison: Comparison) -> dict[str, Any]:
     runs = zip(comparison.runs, comparison.threads, comparison.checks, strict=True)
+    detections = comparison.detections or ((),) * len(comparison.runs)
     return {
         "meaning": explanation(comparison) | {"units": "accuracies are fractions, times are seconds"},
         "environment": environment(),
@@ -189,8 +175,10 @@ def _as_json(comparison: Comparison) -> dict[str, Any]:
         "summary": [_summary(comparison, loss) for loss in comparison.losses],
         "checks": [_finding(finding) for finding in comparison.findings()],
         "runs": [
-            _run(comparison, run) | {"threads": threads, "checks": [asdict(check) for check in checks]}
-            for run, threads, checks in runs
+            _run(comparison, run)
+            | {"threads": threads, "checks": [asdict(check) for check in checks]}
+            | ({"detection": [asdict(detection) for detection in found]} if found else {})
+            for (run, threads, checks), found in zip(runs, detections, strict=True)
         ],
     }
 
@@ -198,6 +186,7 @@ def _as_json(comparison: Comparison) -> dict[str, Any]:
 def _summary(comparison: Comparison, loss: TrainingLoss) -> dict[str, Any]:
     clean, *robust = accuracies(comparison.of(loss))
     time = comparison.times.get(loss)
+    found = detection_means(comparison, loss)
     return {
         "loss": loss.name,
         "tau": loss.tau,
@@ -208,7 +197,7 @@ def _summary(comparison: Comparison, loss: TrainingLoss) -> dict[str, Any]:
         ],
         "seconds_per_epoch": None if time is None else time.seconds,
         "ratio_to_cross_entropy": None if time is None else time.ratio,
-    }
+    } | ({"detection": [means.as_json() for means in found]} if found else {})
 
 
 def _finding(finding: Finding) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def plan_timing(
 
 def time_epochs(
     losses: Sequence[TrainingLoss],
-    make_model: Callable[[], nn.Module],
+    make_model: Callable[[TrainingLoss], nn.Module],
     x: Tensor,
     y: Tensor,
     recipe: Recipe,
@@ -84,9 +84,10 @@ def time_epochs(
 
     Turns are taken, and the first turn moves on from round to round, so that whatever else the machine does
     falls on all losses alike. One round before the first is not counted. Cross-entropy takes part always.
+    `make_model` makes the model that a loss needs.
     """
     contestants = list(dict.fromkeys([TrainingLoss(BASELINE), *losses]))
-    models = {loss: make_model().to(x.device) for loss in contestants}
+    models = {loss: make_model(loss).to(x.device) for loss in contestants}
     optimizers = {loss: make_optimizer(models[loss], recipe) for loss in contestants}
     seconds: dict[TrainingLoss, list[float]] = {loss: [] for loss in contestants}
     for turn in range(rounds + 1):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .adversarial import batch_result, draw_starts
 from .augmentation import crop_and_flip, draw_crops
 from .distributed import World
-from .losses import BatchResult, TrainingLoss
+from .losses import BatchLoss, BatchResult, TrainingLoss
 from .optimisation import learning_rate_at, make_optimizer, set_learning_rate
 from .random_streams import generator_for, own_random_state, seed_global_state
 from .recipe import Recipe
@@ -164,7 +164,7 @@ def train_epoch(
         on_batch: called after each step.
     """
     world = world or World()
-    step = _Step(model, loss, recipe, optimizer, scaler or make_scaler(recipe, x.device), world)
+    step = _Step(model, recipe, optimizer, scaler or make_scaler(recipe, x.device), world)
     sums = sums or EpochSums()
     seed = generator.initial_seed()
     batches = math.ceil(len(y) / recipe.batch_size)
@@ -172,9 +172,11 @@ def train_epoch(
     model.train()
     with own_random_state(x.device):
         for batch, rows in enumerate(torch.split(order, recipe.batch_size)[sums.batches :], start=sums.batches):
+            done = (epoch - 1) * batches + batch
             if recipe.schedule != "constant" or recipe.warmup_epochs:
-                set_learning_rate(optimizer, learning_rate_at(recipe, (epoch - 1) * batches + batch, batches))
-            sums.add(step(x, y, rows, (seed, epoch, batch)), len(world.part(rows)), x.device)
+                set_learning_rate(optimizer, learning_rate_at(recipe, done, batches))
+            now = loss.at(done, recipe.epochs * batches)
+            sums.add(step(x, y, rows, now, (seed, epoch, batch)), len(world.part(rows)), x.device)
             if sums.batches % _LOOK_EVERY == 0:
                 sums.look(world, loss, recipe, epoch)
             if on_batch is not None:
@@ -188,19 +190,20 @@ class _Step:
     """One step of the optimizer on one batch."""
 
     model: nn.Module
-    loss: TrainingLoss
     recipe: Recipe
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     world: World
 
-    def __call__(self, x: Tensor, y: Tensor, rows: Tensor, place: tuple[int, int, int]) -> BatchResult | None:
+    def __call__(
+        self, x: Tensor, y: Tensor, rows: Tensor, loss: BatchLoss, place: tuple[int, int, int]
+    ) -> BatchResult | None:
         """Descend the mean loss over `rows` of x and y; `place` is (seed, epoch, batch)."""
         mine = self.world.part(rows)
         seed_global_state(x.device, *place, "model", self.world.rank)
         self.world.share_buffers(self.model)
         self.optimizer.zero_grad()
-        result = self._backward(x, y, rows, mine, place) if len(mine) else None
+        result = self._backward(x, y, rows, mine, loss, place) if len(mine) else None
         self.world.sum_gradients(self.model)
         if self.recipe.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
@@ -209,7 +212,9 @@ class _Step:
         self.scaler.update()
         return result
 
-    def _backward(self, x: Tensor, y: Tensor, rows: Tensor, mine: Tensor, place: tuple[int, int, int]) -> BatchResult:
+    def _backward(
+        self, x: Tensor, y: Tensor, rows: Tensor, mine: Tensor, loss: BatchLoss, place: tuple[int, int, int]
+    ) -> BatchResult:
         images, starts = self._images(x, rows, place)
         amp = self.recipe.amp
         # Without the cache of weights: it would keep those cast while no gradient is recorded.
@@ -219,10 +224,10 @@ class _Step:
             enabled=amp != "none",
             cache_enabled=False,
         ):
-            result = batch_result(self.model, images, y[mine], starts, self.loss, self.recipe)
+            result = batch_result(self.model, images, y[mine], starts, loss, self.recipe)
         share = len(mine) / len(rows)
-        loss = result.loss if share == 1 else result.loss * share
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        mean = result.loss if share == 1 else result.loss * share
+        self.scaler.scale(mean).backward()  # type: ignore[no-untyped-call]
         return result
 
     def _images(self, x: Tensor, rows: Tensor, place: tuple[int, int, int]) -> tuple[Tensor, Tensor | None]:

@@ -19,7 +19,7 @@ from .balls import NORMS
 from .command_parts import check_device, fix_cublas, keep_freed_memory
 from .distributed import joined_world
 from .engine import BEST, Outcome, read_settings, run
-from .losses import ALL_LOSSES, BASELINE, SMOOTHED, TRUTHS_IN_WORDS, TrainingLoss
+from .losses import ALL_LOSSES, BASELINE, GAUSSIAN, GAUSSIAN_IN_WORDS, SMOOTHED, TRUTHS_IN_WORDS, TrainingLoss
 from .options import Distance, Folder, check_radius
 from .recipe import AUGMENTATIONS, CRAFT_MODES, INNER_LOSSES, OPTIMIZERS, SCHEDULES
 from .settings import TrainingSettings, default_tau
@@ -78,14 +78,15 @@ class _Milestones(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     "--loss",
     "loss_name",
     type=click.Choice(ALL_LOSSES),
-    help=f"{BASELINE} is cross-entropy alone, {SMOOTHED} the same with labels smoothed by tau, {TRUTHS_IN_WORDS}; "
-    "any other is cross-entropy plus tau times the distance of that name.  "
+    help=f"{BASELINE} is cross-entropy alone, {SMOOTHED} the same with labels smoothed by tau, {TRUTHS_IN_WORDS}, "
+    f"{GAUSSIAN_IN_WORDS}; any other is cross-entropy plus tau times the distance of that name.  "
     f"[default: {BASELINE}]",
 )
 @click.option(
     "--tau",
     type=float,
-    help=f"Weight of the distance, in {SMOOTHED} how much. By default what suits the loss on the digits.",
+    help=f"Weight of the distance, in {GAUSSIAN} of the likelihood, in {SMOOTHED} how much. By default what suits the "
+    "loss on the digits.",
 )
 @epochs_option
 @batch_size_option
