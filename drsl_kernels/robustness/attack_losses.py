@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from drsl_kernels import gaussian_mixture_loss, softmax_loss
-from drsl_kernels.spec import DISTANCES, Distance, Truth
+from drsl_kernels.spec import Truth
 
 from .losses import BASELINE, GAUSSIAN, LARGEST_MARGIN, SMOOTHED, TrainingLoss
 
@@ -61,8 +61,6 @@ def margins_of(logits: Tensor, y: Tensor) -> Tensor:
 
 def per_sample(loss: TrainingLoss, *, label_smoothing: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
     """A training loss as something to attack with: (logits (N, C), y (N,)) -> losses (N,), not averaged."""
-    # The name of a distance means cross-entropy with that distance; others are truth terms alone.
-    truth, distance = ("ce", loss.name) if loss.name in DISTANCES else (loss.name, None)
     smoothing = loss.smoothing(label_smoothing)
 
     def training(logits: Tensor, y: Tensor) -> Tensor:
@@ -77,15 +75,8 @@ def per_sample(loss: TrainingLoss, *, label_smoothing: float = 0.0) -> Callable[
                 reduction="none",
                 label_smoothing=smoothing,
             )
-        return softmax_loss(
-            logits,
-            y,
-            truth=cast(Truth, truth),
-            distance=cast("Distance | None", distance),
-            tau=loss.tau,
-            reduction="none",
-            label_smoothing=smoothing,
-        )
+        losses: Tensor = softmax_loss(logits, y, reduction="none", label_smoothing=smoothing, **loss.arguments())
+        return losses
 
     return training
 

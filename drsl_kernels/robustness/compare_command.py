@@ -43,12 +43,13 @@ from .engine import BEST, FILES
 from .experiment import Comparison, Settings, compare, run_folder
 from .judging import JUDGED, Judging
 from .losses import (
+    ALIASES,
     ALL_LOSSES,
     BASELINE,
     DEFAULT_TAUS,
     GAUSSIAN_IN_WORDS,
+    MEMBERS_IN_WORDS,
     SMOOTHED,
-    TRUTHS_IN_WORDS,
     TrainingLoss,
 )
 from .options import Distance, Folder, Names, Radii, Tau
@@ -97,12 +98,12 @@ _DEFAULT_TAUS: Final = "; ".join(
 @click.command("compare")
 @click.option(
     "--losses",
-    type=Names("loss", ALL_LOSSES),
+    type=Names("loss", ALL_LOSSES, ALIASES),
     default="ce,uniform,non_target_logits",
     show_default=True,
     help=f"What to train with, names with commas between. {BASELINE} is cross-entropy alone, {SMOOTHED} the same with "
-    f"labels smoothed by tau, {TRUTHS_IN_WORDS}, {GAUSSIAN_IN_WORDS}; each of "
-    f"{', '.join(DISTANCES)} is cross-entropy plus tau times the distance of that name.",
+    f"labels smoothed by tau, {MEMBERS_IN_WORDS}, {GAUSSIAN_IN_WORDS}; each of "
+    f"{', '.join(DISTANCES)} is cross-entropy plus tau times the distance of that name; drsl is short for uniform.",
 )
 @click.option(
     "--tau",

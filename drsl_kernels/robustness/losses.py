@@ -10,15 +10,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, NamedTuple, TypeAlias, cast
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from drsl_kernels import gaussian_mixture_loss, softmax_loss
-from drsl_kernels.spec import DISTANCES, Distance, Truth
+from drsl_kernels.spec import DISTANCES
 
 __all__ = [
+    "ALIASES",
     "ALL_LOSSES",
     "BASELINE",
     "DEFAULT_TAUS",
@@ -26,9 +27,13 @@ __all__ = [
     "GAUSSIAN_IN_WORDS",
     "LARGEST_MARGIN",
     "LOSS_NAMES",
+    "MARGIN",
+    "MEMBERS_IN_WORDS",
+    "SIGSOFTMAX",
     "SMOOTHED",
+    "TRUNCATED",
     "TRUTHS",
-    "TRUTHS_IN_WORDS",
+    "UNSMOOTHED",
     "BatchLoss",
     "BatchResult",
     "TrainingLoss",
@@ -40,7 +45,19 @@ LOSS_NAMES: Final[tuple[str, ...]] = (BASELINE, *DISTANCES)
 # Losses without a penalty that take the place of cross-entropy: two made for labels that are partly wrong, and one that
 # has no lower bound, so that its gradient does not vanish however sure the model is.
 TRUTHS: Final = ("gce", "mae", "log_odds")
-TRUTHS_IN_WORDS: Final = "gce and mae are made for noisy labels, log_odds never saturates"
+
+# Generalized cross-entropy that leaves labels less likely than tau alone, once the model knows something: until then
+# nearly all of them are. Cross-entropy with a margin tau. Cross-entropy of sigsoftmax.
+TRUNCATED: Final = "truncated_gce"
+_UNTRUNCATED_SHARE: Final = 1 / 3  # of the steps, as 40 of 120 epochs of the authors' training
+MARGIN: Final = "isce"
+SIGSOFTMAX: Final = "sigsoftmax"
+
+MEMBERS_IN_WORDS: Final = (
+    "gce and mae are made for noisy labels, truncated_gce drops those that are less likely than tau after a third of "
+    "the training, isce wants the label's logit to stand out by tau, sigsoftmax takes the place of the softmax, "
+    "log_odds never saturates"
+)
 
 # Cross-entropy with smoothed labels: the usual remedy for a classifier that is too sure of itself, to compare with.
 SMOOTHED: Final = "label_smoothing"
@@ -49,7 +66,10 @@ SMOOTHED: Final = "label_smoothing"
 GAUSSIAN: Final = "gm"
 GAUSSIAN_IN_WORDS: Final = "gm sees classes as Gaussians of features, whose likelihood tau weights"
 
-ALL_LOSSES: Final = (*LOSS_NAMES, SMOOTHED, *TRUTHS, GAUSSIAN)
+ALL_LOSSES: Final = (*LOSS_NAMES, SMOOTHED, *TRUTHS, TRUNCATED, MARGIN, SIGSOFTMAX, GAUSSIAN)
+ALIASES: Final = {"drsl": "uniform"}  # what the paper's loss is known by
+UNSMOOTHED: Final = (*TRUTHS, TRUNCATED, SMOOTHED)  # not defined with smoothed labels, or smoothing them themselves
+_TAKES_TAU: Final = (*DISTANCES, SMOOTHED, TRUNCATED, MARGIN, GAUSSIAN)
 
 # How its margin grows, as in the authors' example for CIFAR-100 (WeitaoVan/L-GM-loss): 0.1, doubled every 5000 of
 # 120000 steps, up to 0.3.
@@ -86,7 +106,9 @@ DEFAULT_TAUS: Final[dict[str, tuple[float, ...]]] = {
     "conditional": (0.128,),
     "kl": (0.128,),
     SMOOTHED: (0.1,),
-    **dict.fromkeys(TRUTHS, (0.0,)),
+    **dict.fromkeys((*TRUTHS, SIGSOFTMAX), (0.0,)),
+    TRUNCATED: (0.5,),
+    MARGIN: (1.0,),
     GAUSSIAN: (1.0,),
 }
 
@@ -112,8 +134,10 @@ class TrainingLoss:
     """A loss to train with, averaged over the batch: "ce" is `torch.nn.functional.cross_entropy`; the name of a
     distance of `drsl_kernels.fused_drsl_loss` is cross-entropy plus tau times that distance; "label_smoothing" is
     cross-entropy with labels smoothed by tau; "gce" (q = 0.7), "mae" and "log_odds" are those of
-    `drsl_kernels.softmax_loss`; "gm" is `drsl_kernels.gaussian_mixture_loss` with likelihood tau, on the logits of a
-    `drsl_kernels.GaussianMixtureHead`, with a margin that grows from 0.1 to 0.3 in training.
+    `drsl_kernels.softmax_loss`, "truncated_gce" is "gce" with threshold tau from a third of the training on; "isce" is
+    `drsl_kernels.isce_loss` with margin tau; "sigsoftmax" is cross-entropy with that activation; "gm" is
+    `drsl_kernels.gaussian_mixture_loss` with likelihood tau, on the logits of a `drsl_kernels.GaussianMixtureHead`,
+    with a margin that grows from 0.1 to 0.3 in training.
 
     Raises:
         ValueError: an unknown name, tau not finite or negative, a tau of 1 or more for label smoothing, or a tau other
@@ -128,11 +152,9 @@ class TrainingLoss:
             raise ValueError(f"unknown loss {self.name!r}; the losses are {', '.join(ALL_LOSSES)}")
         if not 0 <= self.tau < math.inf:
             raise ValueError(f"tau of {self.name} must be 0 or more and finite, got {self.tau!r}")
-        if self.name == BASELINE and self.tau != 0:
-            raise ValueError(f"tau of {BASELINE} must be 0: cross-entropy has no penalty; got {self.tau!r}")
-        if self.name in TRUTHS and self.tau != 0:
+        if self.name not in _TAKES_TAU and self.tau != 0:
             raise ValueError(f"tau of {self.name} must be 0: it has no penalty; got {self.tau!r}")
-        if self.name == SMOOTHED and self.tau >= 1:
+        if self.name in (SMOOTHED, TRUNCATED) and self.tau >= 1:
             raise ValueError(f"tau of {self.name} must be below 1, got {self.tau!r}")
 
     @property
@@ -145,7 +167,12 @@ class TrainingLoss:
         return "gaussian" if self.name == GAUSSIAN else "linear"
 
     def at(self, step: int, steps: int) -> BatchLoss:
-        """The loss of one step of training, counted from 0, of so many: the margin of "gm" grows with them."""
+        """The loss of one step of training, counted from 0, of so many.
+
+        The margin of "gm" grows with them, and "truncated_gce" has no threshold in the first of them.
+        """
+        if self.name == TRUNCATED and step < _UNTRUNCATED_SHARE * steps:
+            return TrainingLoss("gce")
         if self.name != GAUSSIAN:
             return self
         doublings = min(_DOUBLINGS * step // steps, 2)
@@ -168,14 +195,23 @@ class TrainingLoss:
         return short if float(short) == self.tau else repr(self.tau)
 
     def __str__(self) -> str:
-        has_tau = self.has_distance or self.name in (SMOOTHED, GAUSSIAN)
-        return f"{self.name} tau={self.tau_text()}" if has_tau else self.name
+        return f"{self.name} tau={self.tau_text()}" if self.name in _TAKES_TAU else self.name
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of `drsl_kernels.softmax_loss`; not for "ce", "label_smoothing" and "gm"."""
+        if self.has_distance:
+            return {"distance": self.name, "tau": self.tau}
+        if self.name == TRUNCATED:
+            return {"truth": "gce", "threshold": self.tau}
+        if self.name == MARGIN:
+            return {"margin": self.tau}
+        return {"activation": SIGSOFTMAX} if self.name == SIGSOFTMAX else {"truth": self.name}
 
     def __call__(self, logits: Tensor, y: Tensor, *, label_smoothing: float = 0.0, alpha: float = 0.0) -> BatchResult:
         """logits (N, C), y (N,) -> the mean loss and the sums of the log; alpha is the margin of "gm".
 
-        `label_smoothing`, as in `F.cross_entropy`, changes the loss and not the cross-entropy of the log. ValueError
-        where it is not 0 and the loss is not defined with it (`TRUTHS`), or smooths labels itself.
+        `label_smoothing`, as in `F.cross_entropy`, changes the loss and not the cross-entropy of the log, which is of
+        the loss's own activation and margin. ValueError where it is not 0 and the loss is `UNSMOOTHED`.
         """
         label_smoothing = self.smoothing(label_smoothing)
         if self.name == GAUSSIAN:
@@ -189,15 +225,6 @@ class TrainingLoss:
             correct = (detached.argmax(1) == y).sum()
             plain = F.cross_entropy(detached, y) if label_smoothing else loss.detach()
             return BatchResult(loss, plain * len(y), None, correct)
-        truth, distance = ("ce", self.name) if self.has_distance else (self.name, None)
-        loss, stats = softmax_loss(
-            logits,
-            y,
-            truth=cast(Truth, truth),
-            distance=cast("Distance | None", distance),
-            tau=self.tau,
-            label_smoothing=label_smoothing,
-            return_stats=True,
-        )
+        loss, stats = softmax_loss(logits, y, label_smoothing=label_smoothing, return_stats=True, **self.arguments())
         distances = stats.distance.sum() if self.has_distance else None
         return BatchResult(loss, stats.cross_entropy.sum(), distances, stats.correct.sum())

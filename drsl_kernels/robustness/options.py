@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import click
 
 from .attack_names import canonical_names
-from .losses import TrainingLoss
+from .losses import ALIASES, TrainingLoss
 
 __all__ = ["Attacks", "Decorator", "Distance", "Folder", "Names", "Radii", "Tau", "check_radius"]
 
@@ -44,14 +44,16 @@ class Names(_ParamType):
 
     name = "names"
 
-    def __init__(self, what: str, known: tuple[str, ...]) -> None:
+    def __init__(self, what: str, known: tuple[str, ...], aliases: Mapping[str, str] | None = None) -> None:
         self.what = what
         self.known = known
+        self.aliases = aliases or {}
 
     def convert(self, value: Any, param: _Parameter, ctx: _Context) -> tuple[str, ...]:
         if isinstance(value, tuple):
             return value
-        names = tuple(dict.fromkeys(part.strip() for part in value.split(",")))
+        parts = (part.strip() for part in value.split(","))
+        names = tuple(dict.fromkeys(self.aliases.get(part, part) for part in parts))
         for name in names:
             if name not in self.known:
                 self.fail(f"unknown {self.what} {name!r}; choose from {', '.join(self.known)}", param, ctx)
@@ -134,6 +136,6 @@ class Tau(_ParamType):
         except ValueError:
             self.fail(f"{numbers!r} must be a number, or several with commas between", param, ctx)
         try:
-            return tuple(TrainingLoss(name, tau) for tau in taus)
+            return tuple(TrainingLoss(ALIASES.get(name, name), tau) for tau in taus)
         except ValueError as error:
             self.fail(str(error), param, ctx)

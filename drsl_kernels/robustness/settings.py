@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from .attack_objects import REACH
 from .balls import Norm
-from .losses import DEFAULT_TAUS, SMOOTHED, TRUTHS, TrainingLoss
+from .losses import DEFAULT_TAUS, UNSMOOTHED, TrainingLoss
 from .recipe import Adversarial, Method, Recipe
 
 __all__ = ["TrainingSettings", "default_attack", "default_settings", "default_tau", "differences"]
@@ -49,7 +49,7 @@ class TrainingSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value!r}")
-        if self.recipe.label_smoothing and self.loss.name in (*TRUTHS, SMOOTHED):
+        if self.recipe.label_smoothing and self.loss.name in UNSMOOTHED:
             raise ValueError(f"label_smoothing must be 0 with loss {self.loss}, got {self.recipe.label_smoothing!r}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed!r}")

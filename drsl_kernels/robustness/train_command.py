@@ -19,7 +19,7 @@ from .balls import NORMS
 from .command_parts import check_device, fix_cublas, keep_freed_memory
 from .distributed import joined_world
 from .engine import BEST, Outcome, read_settings, run
-from .losses import ALL_LOSSES, BASELINE, GAUSSIAN, GAUSSIAN_IN_WORDS, SMOOTHED, TRUTHS_IN_WORDS, TrainingLoss
+from .losses import ALIASES, ALL_LOSSES, BASELINE, GAUSSIAN, GAUSSIAN_IN_WORDS, MEMBERS_IN_WORDS, SMOOTHED, TrainingLoss
 from .options import Distance, Folder, check_radius
 from .recipe import AUGMENTATIONS, CRAFT_MODES, INNER_LOSSES, OPTIMIZERS, SCHEDULES
 from .settings import TrainingSettings, default_tau
@@ -77,9 +77,10 @@ class _Milestones(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 @click.option(
     "--loss",
     "loss_name",
-    type=click.Choice(ALL_LOSSES),
-    help=f"{BASELINE} is cross-entropy alone, {SMOOTHED} the same with labels smoothed by tau, {TRUTHS_IN_WORDS}, "
-    f"{GAUSSIAN_IN_WORDS}; any other is cross-entropy plus tau times the distance of that name.  "
+    type=click.Choice((*ALL_LOSSES, *ALIASES)),
+    help=f"{BASELINE} is cross-entropy alone, {SMOOTHED} the same with labels smoothed by tau, {MEMBERS_IN_WORDS}, "
+    f"{GAUSSIAN_IN_WORDS}; any other is cross-entropy plus tau times the distance of that name; drsl is short for "
+    "uniform.  "
     f"[default: {BASELINE}]",
 )
 @click.option(
@@ -238,6 +239,7 @@ def _method(settings: TrainingSettings) -> str | None:
 
 def _loss(begun: TrainingLoss, given: dict[str, Any]) -> TrainingLoss:
     name = given.get("loss_name", begun.name)
+    name = ALIASES.get(name, name)
     return TrainingLoss(name, given.get("tau", begun.tau if name == begun.name else default_tau(name)))
 
 
