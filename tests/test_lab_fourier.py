@@ -437,7 +437,7 @@ class TestCommands:
         assert "fourier is an attack in the norm linf, not l2" in result.output
 
     def test_the_commands_of_the_documentation(self, tmp_path: Path) -> None:
-        train = ["train", "--absum", "0.001", "--epochs", "1", "--samples", "40", "--no-tensorboard", "--out"]
+        train = ["train", "--absum", "0.1", "--epochs", "1", "--samples", "40", "--no-tensorboard", "--out"]
         trained = CliRunner().invoke(drsl, [*train, str(tmp_path / "absum")])
         assert trained.exit_code == 0, trained.output
         attack = [
@@ -453,7 +453,7 @@ class TestCommands:
         attacked = CliRunner().invoke(drsl, [*attack, "--out", str(tmp_path / "waves")])
         assert attacked.exit_code == 0, attacked.output
         content = json.loads((tmp_path / "waves" / "results.json").read_text())
-        assert content["checkpoints"][0]["about"]["recipe"]["absum"] == 0.001
+        assert content["checkpoints"][0]["about"]["recipe"]["absum"] == 0.1
         assert list((tmp_path / "waves").glob("fourier-best-*.png"))
 
     def test_compare(self, tmp_path: Path) -> None:
