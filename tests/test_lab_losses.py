@@ -1,0 +1,120 @@
+"""The losses of the lab that are not cross-entropy with a distance: what they are, over training, and in attacks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import random_labels, random_logits
+from click.testing import CliRunner
+from torch import Tensor
+
+from drsl_kernels import gce_loss, isce_loss, softmax_loss
+from drsl_kernels.robustness import Recipe, TrainingLoss
+from drsl_kernels.robustness.attack_losses import per_sample
+from drsl_kernels.robustness.commands import drsl
+from drsl_kernels.robustness.losses import ALL_LOSSES, DEFAULT_TAUS
+from drsl_kernels.robustness.settings import TrainingSettings
+
+Z, Y = random_logits(12, 5), random_labels(12, classes=5)
+
+# Each loss as its function of the library, on the rows
+FUNCTIONS: dict[str, Any] = {
+    "truncated_gce": lambda tau: gce_loss(Z, Y, 0.7, threshold=tau, reduction="none"),
+    "isce": lambda tau: isce_loss(Z, Y, tau, reduction="none"),
+    "sigsoftmax": lambda tau: softmax_loss(Z, Y, activation="sigsoftmax", reduction="none"),
+    "gce": lambda tau: gce_loss(Z, Y, 0.7, reduction="none"),
+    "uniform": lambda tau: softmax_loss(Z, Y, distance="uniform", tau=tau, reduction="none"),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_is_trained_is_what_is_attacked(name: str) -> None:
+    loss = TrainingLoss(name, DEFAULT_TAUS[name][-1])
+    rows: Tensor = FUNCTIONS[name](loss.tau)
+    torch.testing.assert_close(loss(Z, Y).loss, rows.mean())
+    torch.testing.assert_close(per_sample(loss)(Z, Y), rows)
+    assert loss(Z, Y).correct == (Z.argmax(1) == Y).sum()
+
+
+def test_labels_are_dropped_when_the_model_knows_something() -> None:
+    """Before that nearly all would be: of ten classes each has a tenth, and the threshold is a half."""
+    loss = TrainingLoss("truncated_gce", 0.5)
+    flat = torch.zeros(4, 10, requires_grad=True)
+    y = torch.arange(4)
+    for step, moves in ((0, True), (32, True), (33, True), (34, False), (99, False)):
+        (grad,) = torch.autograd.grad(loss.at(step, 100)(flat, y).loss, flat)
+        assert bool(grad.abs().sum() > 0) == moves, step
+
+
+def test_the_margin_and_sigsoftmax_go_with_smoothed_labels_and_truncation_does_not() -> None:
+    for name in ("isce", "sigsoftmax"):
+        loss = TrainingLoss(name, DEFAULT_TAUS[name][-1])
+        arguments: dict[str, Any] = loss.arguments()
+        want = softmax_loss(Z, Y, label_smoothing=0.1, **arguments)
+        torch.testing.assert_close(loss(Z, Y, label_smoothing=0.1).loss, want)
+    with pytest.raises(ValueError, match=r"label_smoothing must be 0 with loss truncated_gce tau=0.5, got 0.1"):
+        TrainingSettings(loss=TrainingLoss("truncated_gce", 0.5), recipe=Recipe(label_smoothing=0.1))
+
+
+@pytest.mark.parametrize(
+    ("name", "tau", "message"),
+    [
+        ("sigsoftmax", 1.0, "tau of sigsoftmax must be 0"),
+        ("truncated_gce", 1.0, "tau of truncated_gce must be below 1, got 1.0"),
+        ("isce", -1.0, "tau of isce must be 0 or more"),
+        ("drsl", 0.3, "unknown loss 'drsl'"),
+    ],
+)
+def test_errors(name: str, tau: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainingLoss(name, tau)
+
+
+def test_names_say_what_they_need() -> None:
+    assert str(TrainingLoss("isce", 0.5)) == "isce tau=0.5"
+    assert str(TrainingLoss("sigsoftmax")) == "sigsoftmax"
+    assert DEFAULT_TAUS.keys() == set(ALL_LOSSES)
+
+
+def test_one_command_compares_the_family(tmp_path: Path) -> None:
+    options = [
+        "--losses",
+        "ce,gce,drsl,isce,gm",
+        "--tau",
+        "drsl=0.3",
+        "--samples",
+        "40",
+        "--epochs",
+        "1",
+        "--seeds",
+        "1",
+    ]
+    options += ["--eps", "0.1", "--restarts", "1", "--steps", "2", "--check-images", "0", "--out", str(tmp_path)]
+    done = CliRunner().invoke(drsl, ["compare", *options])
+    assert done.exit_code == 0, done.output
+    report = (tmp_path / "report.md").read_text()
+    for name in ("ce", "gce", "uniform tau=0.3", "isce tau=1", "gm tau=1"):
+        assert name in report
+
+
+def test_a_loss_may_be_named_as_the_paper_names_it(tmp_path: Path) -> None:
+    options = ["--loss", "drsl", "--samples", "40", "--epochs", "1", "--out", str(tmp_path / "run")]
+    done = CliRunner().invoke(drsl, ["train", *options])
+    assert done.exit_code == 0, done.output
+    assert '"name": "uniform"' in (tmp_path / "run" / "settings.json").read_text()
+
+
+def test_sigsoftmax_learns_what_the_softmax_learns() -> None:
+    """Gradient descent on logits alone: both end with the labels on top."""
+    for name in ("ce", "sigsoftmax"):
+        z = torch.zeros(6, 4, requires_grad=True)
+        y = random_labels(6, classes=4)
+        for _ in range(50):
+            (grad,) = torch.autograd.grad(TrainingLoss(name)(z, y).loss, z)
+            z = (z - 5 * grad).detach().requires_grad_()
+        assert torch.equal(z.argmax(1), y)
+        assert F.cross_entropy(z, y) < 0.5
