@@ -118,3 +118,18 @@ def test_sigsoftmax_learns_what_the_softmax_learns() -> None:
             z = (z - 5 * grad).detach().requires_grad_()
         assert torch.equal(z.argmax(1), y)
         assert F.cross_entropy(z, y) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["compare", "--queries", "10"], "--queries needs one of square among --attacks"),
+        (["compare", "--attacks", "square", "--steps", "3"], "--steps needs one of pgd, pgd-t, transfer"),
+        (["compare", "--data-dir", "here"], "data_dir must not be given for digits"),
+        (["train", "--data-dir", "here"], "data_dir must not be given for digits"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(options: list[str], message: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(drsl, [*options, "--out", str(tmp_path / "out")], env={"COLUMNS": "200"})
+    assert done.exit_code != 0
+    assert message in done.output

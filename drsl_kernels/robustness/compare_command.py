@@ -22,6 +22,7 @@ from .attack_options import (
     check_package,
     iterations_option,
     queries_option,
+    refuse_unused,
     restarts_option,
     steps_option,
     targets_option,
@@ -301,6 +302,7 @@ def _settings(options: dict[str, Any]) -> Settings:
     attacks: tuple[str, ...] = options["attacks"]
     if any(name.startswith("transfer") for name in attacks):
         raise click.BadParameter("transfer is an attack of drsl attack, for two checkpoints", param_hint="--attacks")
+    refuse_unused(attacks)
     check_package(attacks)
     given = {name: value for name, value in options.items() if value is not None}
     try:
