@@ -67,13 +67,12 @@ bool is_watched(std::initializer_list<const Tensor*> tensors) {
 std::tuple<Tensor, Tensor> through_dispatcher(const Tensor& logits, const Tensor& y, const Tensor& weight,
                                               const Tensor& margins, const Tensor& tau, const Config& c,
                                               bool return_stats) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow(kName, "")
-          .typed<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const std::optional<Tensor>&,
-                                            const std::optional<Tensor>&, const std::optional<Tensor>&, double,
-                                            int64_t, double, int64_t, double, double, int64_t, int64_t, double, bool,
-                                            double, int64_t, bool)>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow(kName, "")
+                             .typed<std::tuple<Tensor, Tensor>(
+                                 const Tensor&, const Tensor&, const std::optional<Tensor>&,
+                                 const std::optional<Tensor>&, const std::optional<Tensor>&, double, int64_t, double,
+                                 int64_t, double, double, int64_t, int64_t, double, bool, double, int64_t, bool)>();
   const auto optional = [](const Tensor& t) { return t.defined() ? std::optional<Tensor>(t) : std::nullopt; };
   return op.call(logits, y, optional(weight), optional(margins), optional(tau), c.tau_value,
                  static_cast<int64_t>(c.truth), c.q, static_cast<int64_t>(c.distance), c.scale, c.margin,

@@ -26,10 +26,11 @@ inline void describe(const char* kernels, const Problem& p, Kind kind, Place pla
   std::snprintf(
       running, sizeof(running),
       "%s %s: %d rows, %d classes, layout %d, place %d, truth %d, distance %d, smoothing %g, scale %g, margin %g, "
-      "threshold %g, activation %d, class weights %d, class margins %d, probabilities %d, tau per row %d, gradient %d, upstream stride %d, outputs %d",
+      "threshold %g, activation %d, class weights %d, class margins %d, probabilities %d, tau per row %d, gradient %d, "
+      "upstream stride %d, outputs %d",
       kernels, name_of(c.dtype), int(p.task.rows), int(p.task.classes), int(kind), int(place), int(c.truth),
-      int(c.distance), c.smoothing, c.scale, c.margin, c.threshold, int(c.activation), c.class_weights, c.class_margins, c.soft, c.tau_rows, c.grad, c.upstream_stride,
-      int(c.outputs));
+      int(c.distance), c.smoothing, c.scale, c.margin, c.threshold, int(c.activation), c.class_weights, c.class_margins,
+      c.soft, c.tau_rows, c.grad, c.upstream_stride, int(c.outputs));
 }
 
 // Where a guard page is touched, say by which problem. AddressSanitizer has a handler of its own.

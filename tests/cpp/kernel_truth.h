@@ -160,7 +160,8 @@ inline ExpectedRow expected_row(const Problem& problem, int64_t row) {
   // Transformed logits are rounded, each to within a few ulp.
   const bool transforms = t.activation != drsl::Activation::softmax;
   const double moved = transforms ? 4 * eps * (r.size + (finite ? std::fabs(r.label) : 0) + 1) : 0;
-  const double in_delta = 2 * moved + round.sums * (1 + log_sum) + (plain || !finite ? 0 : 2 * eps * (std::fabs(target) + 1));
+  const double in_delta =
+      2 * moved + round.sums * (1 + log_sum) + (plain || !finite ? 0 : 2 * eps * (std::fabs(target) + 1));
   const double relative = 3 * in_delta + round.sums;
   const double in_depth = 2 * moved + round.sums * (s.depth + r.weighted_depth);
   // V is found around a rounded mean; what that adds is taken off again.
@@ -182,8 +183,7 @@ inline ExpectedRow expected_row(const Problem& problem, int64_t row) {
   const bool weighted = t.soft || params.smoothing > 0;
   const double B = weighted ? share * r.U : 0;
   const double A = weighted ? (t.soft ? 0 : 1 - params.smoothing) * u + share * (u + r.U) : u;
-  const auto term =
-      drsl::truth_term(params, drsl::label_odds(s, drsl::log_(s.sum_exp), r.label, params.scale, margin));
+  const auto term = drsl::truth_term(params, drsl::label_odds(s, drsl::log_(s.sum_exp), r.label, params.scale, margin));
   double in_loss =
       A * (std::fabs(term.value) * relative + (t.truth == drsl::Truth::log_odds ? in_delta + 2 * steps : 0));
   in_loss += B * (in_kappa + in_delta + 2 * steps);
@@ -218,7 +218,8 @@ inline ExpectedRow expected_row(const Problem& problem, int64_t row) {
     slack += round.tiny * (1 + a);
     slack += std::fabs(loss.c) * (in_depth + round.sums * (s.max - z)) +
              (std::fabs(loss.d) + loss.smooth * share_of_k) * round.sums;
-    if (transforms) slack += (std::fabs(g) + std::fabs(loss.c) * s.depth) * 4 * eps + 2 * std::fabs(loss.c) * moved + round.tiny;
+    if (transforms)
+      slack += (std::fabs(g) + std::fabs(loss.c) * s.depth) * 4 * eps + 2 * std::fabs(loss.c) * moved + round.tiny;
     out.grad.push_back(truth::stored(problem.choice.dtype, g * scaled, slack * std::fabs(scaled)));
   }
   return out;

@@ -77,7 +77,8 @@ void check_problem(const Kernels& kernels, check::Random& random, const Choice& 
     CHECK(p.output_bytes() == whole, "cut at row %d: other bits; %s", int(cut), running);
     CHECK(check::close(pieces, sum, 1e-12 * double(rows) * std::fabs(sum) + 1e-12), "sum of the pieces; %s", running);
   }
-  if (p.task.dtype == DType::float16 && p.task.grad && p.task.activation == Activation::softmax) check_later_gradient(kernels, p, expected);
+  if (p.task.dtype == DType::float16 && p.task.grad && p.task.activation == Activation::softmax)
+    check_later_gradient(kernels, p, expected);
   CHECK(p.inputs_unchanged(), "an input was written; %s", running);
 }
 

@@ -184,7 +184,8 @@ template <class T>
 RowLoss<T> loss_of(const Row& row, const Rest<T>& rest) {
   const LossParams<double>& p = row.params;
   const LossParams<T> params{p.truth, p.distance, T(p.q), T(p.threshold), T(p.scale), T(p.smoothing), p.soft};
-  return row_loss(params, rest.stats, {T(row.logits[row.label]), T(row.margin), T(row.tau), T(row.weight), rest.weight, rest.depth});
+  return row_loss(params, rest.stats,
+                  {T(row.logits[row.label]), T(row.margin), T(row.tau), T(row.weight), rest.weight, rest.depth});
 }
 
 template <class T>
