@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from typing import Any
 
 import pytest
@@ -76,6 +77,19 @@ def test_values(dtype: str, checkpoint: bool, kind: str) -> None:
         assert_error("log p", got.detach(), want, plain, 16 * torch.finfo(got.dtype).eps)
     else:  # the contexts and the logits are rounded
         torch.testing.assert_close(got.double(), want, rtol=0.0, atol=30 * torch.finfo(DTYPES[dtype]).eps)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_sums_in_float32(dtype: str, kind: str) -> None:
+    """Two thousand classes of equal logits, and two components of equal weight, are exact: nothing else is rounded."""
+    module = KINDS[kind](FEATURES, 2000, 2, dtype=DTYPES[dtype])
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    with torch.no_grad():
+        module.prior.weight[1] = 1.0
+    hidden = random_logits(3, FEATURES, dtype=DTYPES[dtype])
+    torch.testing.assert_close(module(hidden).double(), torch.full((3, 2000), -math.log(2000)).double())
 
 
 @BOTH

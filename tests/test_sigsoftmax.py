@@ -104,6 +104,15 @@ def test_large_logits(sign: int, dtype: str) -> None:
         assert_error("p", sigsoftmax(z).detach(), want.exp(), want.exp(), 1e-6 if dtype != "float64" else 1e-12)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_logits_of_every_size(dtype: str) -> None:
+    """Through the range in which exp overflows in one dtype and not in the other."""
+    for low in range(-760, 760, 8):
+        z = torch.arange(low, low + 8, dtype=DTYPES[dtype])
+        want = exact_log(z)
+        assert_error("log p", log_sigsoftmax(z), want, want, 64 * torch.finfo(z.dtype).eps)
+
+
 def exact_log(z: Tensor) -> Tensor:
     """log sigsoftmax of one row with 60 digits."""
     with mpmath.workdps(60):
@@ -224,5 +233,7 @@ def test_errors(function: Function) -> None:
         function([1.0, 2.0])
     with pytest.raises(TypeError, match=r"dim must be an int, got 1\.0"):
         function(torch.zeros(2, 3), 1.0)
+    with pytest.raises(IndexError, match=r"dim must be in \[-1, 0\] for z of shape \(3,\), got 1"):
+        function(torch.zeros(3), 1)
     with pytest.raises(IndexError, match=r"dim must be in \[-2, 1\] for z of shape \(2, 3\), got 2"):
         function(torch.zeros(2, 3), 2)
