@@ -56,19 +56,20 @@ def entropy(p: Tensor) -> float:
 @click.command()
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="File for the result.")
 @click.option("--restarts", default=6, show_default=True, help="Starts of each training.")
-def main(out: Path, restarts: int) -> None:
+@click.option("--steps", default=400, show_default=True, help="The most steps of a training.")
+def main(out: Path, restarts: int, steps: int) -> None:
     """Bound what softmax can reach, and train."""
     torch.set_num_threads(1)
     rows = []
     for name, p in targets().items():
         known = ORDER if name == "one-hot" else {"softmax": least_gap(p), "mixture of 2 softmaxes": least_gap(p, True)}
-        reached = {model: best_gap(p, model, 1, restarts)[0] for model in MODELS}
+        reached = {model: best_gap(p, model, 1, restarts, steps)[0] for model in MODELS}
         rows.append({"target": name, "p": p.tolist(), "entropy": entropy(p), "known": known, "reached": reached})
         print(rows[-1], flush=True)
     p = random_target()
     ranks = {}
     for model in MODELS:
-        gap, log_p = best_gap(p, model, 2, restarts)
+        gap, log_p = best_gap(p, model, 2, restarts, steps)
         ranks[model] = {"gap": gap, "rank": rank(log_p)}
     random = {"shape": list(p.shape), "width": 2, "entropy": entropy(p), "rank": rank(p.log()), "models": ranks}
     print(random)
@@ -79,13 +80,13 @@ def main(out: Path, restarts: int) -> None:
 # What is reached
 
 
-def best_gap(p: Tensor, model: str, width: int, restarts: int) -> tuple[float, Tensor]:
+def best_gap(p: Tensor, model: str, width: int, restarts: int, steps: int) -> tuple[float, Tensor]:
     """The least mean KL(P_i, Q_i) in nats over the restarts, and log Q."""
-    trained = [train(p, model, width, seed) for seed in range(restarts)]
+    trained = [train(p, model, width, seed, steps) for seed in range(restarts)]
     return min(trained, key=lambda found: found[0])
 
 
-def train(p: Tensor, model: str, width: int, seed: int) -> tuple[float, Tensor]:
+def train(p: Tensor, model: str, width: int, seed: int, steps: int) -> tuple[float, Tensor]:
     """By L-BFGS over all contexts at once. A context is a unit vector, so that its hidden states are free."""
     kind, components = MODELS[model]
     contexts = torch.eye(len(p), dtype=torch.float64)
@@ -96,7 +97,7 @@ def train(p: Tensor, model: str, width: int, seed: int) -> tuple[float, Tensor]:
             parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64, generator=generator))
         layer.weight.mul_(3.0)
     optimizer = torch.optim.LBFGS(
-        layer.parameters(), max_iter=400, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+        layer.parameters(), max_iter=steps, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
     )
 
     def step() -> Tensor:
