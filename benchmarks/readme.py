@@ -88,7 +88,7 @@ def bottleneck_table() -> str:
         cells = []
         for model in models:
             known = row["known"].get(model)
-            least = "" if known is None else f" (least: {known:.6f})"
+            least = "" if known is None else f" (least: {known:.6g})"
             cells.append(_gap(row["reached"][model]) + least)
         lines.append(_row([row["target"], f"{row['entropy']:.4f}", *cells]))
     notes = (

@@ -102,8 +102,11 @@ COMMANDS = {
     "drsl attack runs/drsl/best.pt --attacks pgd,pgd:margin,transfer --transfer-from runs/ce/best.pt --eps 0.1 "
     "--out runs/attacked": "`test_lab_attack_command.py::test_files`",
 }
-# Commands of these pages need images that are not bundled, and hours; what runs such options is
-EVIDENCE = "`test_lab_compare.py::test_every_loss_every_kind_of_attack_and_label_noise`"
+# Commands of these pages need minutes to hours, and some of them images that are not bundled; what runs such options is
+EVIDENCE = (
+    "`test_lab_compare.py::test_every_loss_every_kind_of_attack_and_label_noise` and "
+    "`test_bottleneck.py::test_the_script`"
+)
 
 
 def commands_of(page: Path) -> list[str]:
