@@ -68,6 +68,21 @@ def test_no_mixture_is_below_its_bound(bottleneck: ModuleType) -> None:
     assert least <= gaps.min() <= 50.0 * least  # and some come near
 
 
+@pytest.mark.parametrize("mixture", [False, True], ids=["softmax", "mixture"])
+@pytest.mark.parametrize("name", ["lifted", "hollow"])
+def test_bounds_of_intervals(name: str, mixture: bool, bottleneck: ModuleType) -> None:
+    """Are not above any value in between."""
+    edges = torch.linspace(0.0, torch.pi, 25, dtype=torch.float64)
+    inside = edges[:-1] + torch.linspace(0.01, 0.99, 40, dtype=torch.float64).unsqueeze(1) * (edges[1] - edges[0])
+    for row in bottleneck.targets()[name]:
+        values = bottleneck.row_gap(row, inside.flatten())
+        if mixture:
+            values = values * bottleneck.violates(row, inside.flatten())
+        bounds = bottleneck.bound(row, edges[:-1], edges[1:], mixture)
+        assert (bounds <= values.reshape(inside.shape).amin(0) + 1e-12).all()
+        assert (bounds > 0.0).sum() >= (8 if mixture else 20)
+
+
 def test_what_was_reached_keeps_to_the_bounds() -> None:
     rows = {row["target"]: row for row in RESULT["rows"]}
     for row in rows.values():
