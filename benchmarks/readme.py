@@ -27,7 +27,9 @@ def main(check: bool) -> None:
     readme = {"demo": demo_table(), "ratios": ratio_table(), "targets": target_table(), "loop": loop_table()}
     speed = {"kernels": kernel_table(), "prediction": prediction_table()}
     evidence = {folder.name: evidence_table(folder) for folder in sorted(EVIDENCE.iterdir())}
+    bottleneck = {"bottleneck": bottleneck_table(), "ranks": rank_table()}
     pages = {"README.md": readme, "docs/speed.md": speed, "docs/evidence/fashion_mnist.md": evidence}
+    pages["docs/evidence/softmax_bottleneck.md"] = bottleneck
     for name, tables in pages.items():
         path = ROOT / name
         old = path.read_text()
@@ -75,6 +77,40 @@ def evidence_table(folder: Path) -> str:
         lines.append(_row([name, _percent(c["clean_accuracy"]), *map(_percent, c["robust_accuracy"]), told]))
     notes = [result["meaning"][key] for key in ("training", "accuracy", "robust")]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
+
+
+def bottleneck_table() -> str:
+    """What each activation reached, and what it can reach at best."""
+    result = json.loads((RESULTS / "bottleneck.json").read_text())
+    models = list(result["rows"][0]["reached"])
+    lines = [_row(["target", "entropy", *models]), _row(["---", "---:", *["---:"] * len(models)])]
+    for row in result["rows"]:
+        cells = []
+        for model in models:
+            known = row["known"].get(model)
+            least = "" if known is None else f" (least: {known:.6g})"
+            cells.append(_gap(row["reached"][model]) + least)
+        lines.append(_row([row["target"], f"{row['entropy']:.4f}", *cells]))
+    notes = (
+        "Mean KL(P, Q) over the contexts, in nats: cross-entropy less the entropy of the targets, its floor. In\n"
+        "brackets the least that is possible, where it is known (for mixtures of any number of softmaxes),"
+        f" to {result['tolerance']:g}.\nBest of {result['restarts']} starts."
+    )
+    return (
+        "\n".join(lines) + f"\n\n{notes}\ntorch {result['torch']}, {result['date'][:10]}, commit {result['commit']}.\n"
+    )
+
+
+def rank_table() -> str:
+    """Ranks of learned logarithms of probabilities."""
+    random = json.loads((RESULTS / "bottleneck.json").read_text())["random"]
+    lines = [_row(["", "rank of log Q", "gap reached"]), _row(["---", "---:", "---:"])]
+    lines += [_row([model, str(found["rank"]), _gap(found["gap"])]) for model, found in random["models"].items()]
+    contexts, classes = random["shape"]
+    lines.append(_row(["the target itself", str(random["rank"]), "0"]))
+    return (
+        "\n".join(lines) + f"\n\n{contexts} contexts, {classes} classes; singular values above 1e-6 of the largest.\n"
+    )
 
 
 def ratio_table() -> str:
@@ -165,6 +201,11 @@ def _medians(row: dict[str, Any]) -> dict[str, float]:
 
 def _row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
+
+
+def _gap(nats: float) -> str:
+    """Below a hundred-thousandth it is up to the end of a training."""
+    return f"{nats:.6f}" if nats >= 1e-5 else "below 1e-5"
 
 
 def _percent(value: dict[str, float | None]) -> str:

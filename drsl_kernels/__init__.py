@@ -5,10 +5,12 @@ The public names of the library. `fused_drsl_loss` is the one to start with; `in
 
 from . import reference
 from ._version import __version__
+from .activations import log_sigsoftmax, sigsoftmax
 from .backends import Info, info
 from .functional import fused_drsl_loss, softmax_loss
 from .heads import GaussianMixtureHead, gaussian_mixture_loss
 from .members import GCELoss, ISCELoss, LogOddsLoss, MAELoss, gce_loss, isce_loss, log_odds_loss, mae_loss
+from .mixtures import MixtureOfSigsoftmax, MixtureOfSoftmax
 from .modules import DRSLLoss
 from .regularizers import L1, Absum, absum_penalty, absum_step, l1_penalty, l1_step
 from .spec import LossStats
@@ -24,6 +26,8 @@ __all__ = [
     "LogOddsLoss",
     "LossStats",
     "MAELoss",
+    "MixtureOfSigsoftmax",
+    "MixtureOfSoftmax",
     "__version__",
     "absum_penalty",
     "absum_step",
@@ -35,7 +39,9 @@ __all__ = [
     "l1_penalty",
     "l1_step",
     "log_odds_loss",
+    "log_sigsoftmax",
     "mae_loss",
     "reference",
+    "sigsoftmax",
     "softmax_loss",
 ]

@@ -104,8 +104,11 @@ COMMANDS = {
     "drsl train --absum 0.1 --out runs/absum": "`test_lab_fourier.py::test_the_commands_of_the_documentation`",
     "drsl attack runs/absum/best.pt --attacks fourier --eps 0.1 --out runs/waves": "the same",
 }
-# Commands of these pages need images that are not bundled, and hours; what runs such options is
-EVIDENCE = "`test_lab_compare.py::test_every_loss_every_kind_of_attack_and_label_noise`"
+# Commands of these pages need minutes to hours, and some of them images that are not bundled; what runs such options is
+EVIDENCE = (
+    "`test_lab_compare.py::test_every_loss_every_kind_of_attack_and_label_noise` and "
+    "`test_bottleneck.py::test_the_script`"
+)
 
 
 def commands_of(page: Path) -> list[str]:
