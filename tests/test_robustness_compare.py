@@ -171,11 +171,6 @@ class TestCompare:
         assert result.exit_code == 0, result.output
         assert "used again" not in result.output
 
-    @pytest.mark.usefixtures("no_pictures", "no_training")
-    def test_numbers_of_attacks_that_are_not_run(self, copy: Path) -> None:
-        result = drsl_compare(*TINY, "--queries", "7", "--losses", "ce", "--out", str(copy))
-        assert "used again: 1 of 1 runs" in " ".join(result.output.split())
-
     @pytest.mark.usefixtures("no_pictures")
     @pytest.mark.parametrize(
         ("options", "said"),

@@ -153,15 +153,13 @@ below it; without `data_dir`, where Debian's package dataset-fashion-mnist puts 
         0.22 GB of Fashion-MNIST or MNIST, 0.74 GB of CIFAR.
 
     Raises:
-        ValueError: an unknown name or part; a folder for the digits; a file that is damaged or does not hold what it
-            should; too few training images to set some aside.
+        ValueError: an unknown name or part; a file that is damaged or does not hold what it should; too few training
+            images to set some aside.
         FileNotFoundError: the files are not there; the message names them and every folder looked in.
     """
     info = dataset_info(name)
     _check_part(held_out)
     if name == "digits":
-        if data_dir is not None:
-            raise ValueError(f"data_dir must not be given for digits, which come with scikit-learn, got {data_dir}")
         return digits(held_out)
     parts = ("train",) if held_out == "validation" else ("train", "test")
     folder = None if data_dir is None else Path(data_dir)
