@@ -88,7 +88,8 @@ _DOUBLINGS: Final = 24  # that all steps would have
 # Clean accuracy was nowhere below that of cross-entropy. Each loss has a plateau, and its default is in the
 # middle of it. `uniform` is compared at the tau of the other loss as well, where it does little. The other
 # distances are not swept: they have the weight of the authors' code, 0.001 summed over a batch of 128. Label
-# smoothing has the value of Szegedy et al., arXiv 1512.00567.
+# smoothing has the value of Szegedy et al., arXiv 1512.00567, and truncated_gce that of Zhang & Sabuncu, arXiv
+# 1805.07836. The margin of isce is not swept.
 #
 # `gm` was swept in the same way, with two starts of each attack: robust accuracy, where cross-entropy has 50.5, and the
 # ROC-AUC, in %, with which the largest logit finds images that an attack on both broke (`--detect`; deviation 5 to 19):
