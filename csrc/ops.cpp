@@ -49,7 +49,8 @@ bool gradient_waits(const Tensor& logits, const Config& config) {
   return half && config.reduction == Reduction::mean && logits.numel() > kCheapElements;
 }
 
-// Whether a gradient may have to be computed later: one that was rounded to half precision is not scaled.
+// Whether a gradient may have to be computed later: one that was rounded to half precision is not scaled. The CPU saves
+// nothing of transformed logits: their gradient begins anew.
 bool saves(const Tensor& logits, const Config& config) {
   if (!on_device(logits) && config.activation != Activation::softmax) return false;
   return on_device(logits) ? gradient_waits(logits, config) : logits.scalar_type() == at::kHalf;

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import ops, reference
 from .backends import Backend, choose, is_compiled
+from .checks import check_tensors, class_dim
 from .spec import (
     DISTANCES,
     Activation,
@@ -23,8 +24,6 @@ from .spec import (
     Reduction,
     Truth,
     cached_loss_spec,
-    check_tensors,
-    class_dim,
     loss_spec,
     number,
 )
@@ -151,8 +150,8 @@ def fused_drsl_loss(
     """
     if distance is None:  # what softmax_loss takes for "no penalty" is a mistake here
         raise ValueError(f"distance must be one of {', '.join(map(repr, DISTANCES))}, got None")
-    member = ("ce", 0.7, distance, 1.0, 0.0, ignore_index, reduction, label_smoothing)
-    return _loss(logits, y, tau, weight, member, return_stats, backend)
+    member = ("ce", 0.7, distance, 1.0, 0.0, ignore_index, reduction, label_smoothing, 0.0, "softmax")
+    return _loss(logits, y, tau, weight, None, member, return_stats, backend)
 
 
 @overload
@@ -260,14 +259,14 @@ def softmax_loss(
         margin: m, subtracted from the label's logit: a number, or one per class, of shape (C,), of which each row takes
             that of its label. No gradient flows to it.
         scale: s > 0, multiplies the label's logit.
-        activation: "softmax" or "sigsoftmax".
+        activation: "softmax" or "sigsoftmax". u is finite where 2 z is.
 
     The other arguments, the result and the errors are those of `fused_drsl_loss`. `label_smoothing` is defined
     for ``ce`` alone, `threshold` for ``gce`` alone: with another truth each must be 0, else ValueError.
     """
     margin, margins = (0.0, margin) if isinstance(margin, Tensor) else (margin, None)
-    member = (truth, q, distance, scale, margin, ignore_index, reduction, label_smoothing)
-    return _loss(logits, y, tau, weight, member, return_stats, backend, margins, (threshold, activation))
+    member = (truth, q, distance, scale, margin, ignore_index, reduction, label_smoothing, threshold, activation)
+    return _loss(logits, y, tau, weight, margins, member, return_stats, backend)
 
 
 def _loss(
@@ -275,20 +274,19 @@ def _loss(
     y: Tensor,
     tau: Tensor | float,
     weight: Tensor | None,
+    margins: Tensor | None,
     member: tuple[Any, ...],
     return_stats: bool,
     backend: str | None,
-    margins: Tensor | None = None,
-    more: tuple[Any, ...] = (0.0, "softmax"),
 ) -> Tensor | tuple[Tensor, LossStats]:
-    """`member` and `more`: the arguments of `loss_spec`, between which it has `soft`."""
+    """`member`: the arguments of `loss_spec` but for `soft`."""
     if type(tau) is not float and not isinstance(tau, Tensor):
         tau = number("tau", tau)
     if not isinstance(return_stats, bool):
         raise TypeError(f"return_stats must be a bool, got {return_stats!r}")
     soft = isinstance(y, Tensor) and y.is_floating_point()
     compiling = torch.compiler.is_compiling()
-    arguments = (*member, soft, *more)
+    arguments = (*member, soft)
     spec = loss_spec(*arguments) if compiling else cached_loss_spec(*arguments)
     if compiling and is_compiled(logits, backend):
         if not soft:

@@ -167,6 +167,7 @@ class GaussianMixtureHead(nn.Module):
         _check_weights(alpha, likelihood)
         wide = self._wide(features)
         _check_labels(y, wide.shape[:1])
+        wide = wide.masked_fill((y == ignore_index).unsqueeze(1), 0.0)  # an ignored row may hold NaN
         with _full_precision(wide):
             scores, _ = self._scores(wide)  # without what is common to a row, which the softmax does not see
             distances, negative = self._label_terms(wide, y)

@@ -10,19 +10,9 @@ from typing import Any, Literal, TypedDict, overload
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from .checks import check_margin_alone, check_tau_value, check_weight_alone
 from .functional import softmax_loss
-from .spec import (
-    Activation,
-    BackendName,
-    Distance,
-    LossStats,
-    Reduction,
-    check_backend_name,
-    check_margin_alone,
-    check_tau_value,
-    check_weight_alone,
-    loss_spec,
-)
+from .spec import Activation, BackendName, Distance, LossStats, Reduction, check_backend_name, loss_spec
 
 __all__ = ["GCELoss", "ISCELoss", "LogOddsLoss", "MAELoss", "gce_loss", "isce_loss", "log_odds_loss", "mae_loss"]
 
@@ -195,7 +185,8 @@ class _Member(nn.Module):
         unknown = arguments.keys() - own.keys() - Common.__annotations__.keys()
         if unknown:
             raise TypeError(f"{type(self).__name__} got an unexpected argument {min(unknown)!r}")
-        numbers = {name: value for name, value in arguments.items() if not isinstance(value, Tensor)}
+        tensors = ("tau", "weight", "margin")
+        numbers = {k: v for k, v in arguments.items() if not (isinstance(v, Tensor) and k in tensors)}
         _check_numbers(truth, numbers)
         check_tau_value(arguments.get("tau", 0.0))
         if arguments.get("weight") is not None:
@@ -208,7 +199,7 @@ class _Member(nn.Module):
             if isinstance(value, nn.Parameter) and name == "tau":
                 self.register_parameter(name, value)
             elif isinstance(value, Tensor):
-                self.register_buffer(name, value)
+                self.register_buffer(name, value.detach())  # no gradient flows to weights and margins of classes
             else:
                 setattr(self, name, value)
 
@@ -237,7 +228,6 @@ def _check_numbers(truth: str, numbers: dict[str, Any]) -> None:
         numbers.get("ignore_index", -100),
         numbers.get("reduction", "mean"),
         numbers.get("label_smoothing", 0.0),
-        False,
         numbers.get("threshold", 0.0),
         numbers.get("activation", "softmax"),
     )

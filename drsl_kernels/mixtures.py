@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 from .activations import exponents
+from .checks import inside_function_transform
 from .functional import fused_drsl_loss
-from .spec import BackendName, Distance, Reduction, inside_function_transform, integer
+from .spec import BackendName, Distance, Reduction, integer
 
 __all__ = ["MixtureOfSigsoftmax", "MixtureOfSoftmax"]
 

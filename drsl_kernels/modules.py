@@ -10,8 +10,9 @@ from typing import cast
 from torch import Tensor, nn
 from torch.nn._reduction import legacy_get_string
 
+from .checks import check_tau_value, check_weight_alone
 from .functional import fused_drsl_loss
-from .spec import BackendName, Distance, Reduction, check_backend_name, check_tau_value, check_weight_alone, loss_spec
+from .spec import BackendName, Distance, Reduction, check_backend_name, loss_spec
 
 __all__ = ["DRSLLoss"]
 

@@ -19,7 +19,8 @@ from torch.library import custom_op
 
 from . import reference
 from .backends import choose
-from .spec import REDUCTIONS, LossSpec, LossStats, class_dim, spec_of_codes
+from .checks import class_dim
+from .spec import REDUCTIONS, LossSpec, LossStats, spec_of_codes
 
 __all__ = ["softmax_loss"]
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .spec import LossSpec, LossStats, check_tensors, class_dim
+from .checks import check_tensors, class_dim
+from .spec import LossSpec, LossStats
 from .targets import soft_target
 
 __all__ = ["RowStats", "distance", "row_stats", "sigsoftmax_logits", "softmax_loss", "truth"]

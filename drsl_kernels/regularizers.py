@@ -195,7 +195,7 @@ def _parameters(convolutions: Iterable[_ConvNd]) -> list[Tensor]:
     """Their weights as far as they are trained, to be written to."""
     weights = _weights(convolutions)
     for weight in weights:
-        if not weight.is_leaf:
+        if not isinstance(weight, nn.Parameter):
             raise ValueError(
                 f"weights of convolutions must be parameters, got one of shape {tuple(weight.shape)} that is computed "
                 "from other tensors: add the penalty to the loss instead"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .spec import class_dim
+from .checks import class_dim
 
 __all__ = ["SoftTarget", "soft_target"]
 

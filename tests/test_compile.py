@@ -259,7 +259,7 @@ def operator_arguments() -> dict[str, tuple[Any, ...]]:
         soft: bool = False,
         activation: str = "softmax",
     ) -> Any:
-        return loss_spec("ce", 0.7, distance, 1.0, 0.0, -100, reduction, smoothing, soft, 0.0, activation).codes
+        return loss_spec("ce", 0.7, distance, 1.0, 0.0, -100, reduction, smoothing, 0.0, activation, soft).codes
 
     half = random_logits(ROWS, CLASSES, dtype=torch.bfloat16).requires_grad_()
     images = random_logits(2, CLASSES, 3, dtype=torch.float64).requires_grad_()

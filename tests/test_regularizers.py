@@ -371,6 +371,8 @@ class TestErrors:
         layer = parametrizations.weight_norm(nn.Conv2d(2, 3, 3))
         with pytest.raises(ValueError, match=r"must be parameters, got one of shape \(3, 2, 3, 3\) that is computed"):
             step(layer, 0.1)
+        with torch.no_grad(), pytest.raises(ValueError, match="must be parameters"):
+            step(layer, 0.1)
 
     @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
     def test_numbers(self, value: float) -> None:

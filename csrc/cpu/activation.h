@@ -1,6 +1,7 @@
 // Losses of another activation than softmax: a block of rows is transformed into scratch, the kernels run on that, and
-// what they find is the gradient but for the slope of the transformation. The block stays in the cache, so the logits come
-// from memory once. Relies on row_kernel.h (for its block size) and tiles.h; kernels.cpp relies on it.
+// what they find is the gradient but for the slope of the transformation. The block stays in the cache, so the logits
+// come from memory once. Relies on row_kernel.h (for the size and padding of a block) and tiles.h; kernels.cpp relies
+// on it.
 #pragma once
 
 #include "row_kernel.h"

@@ -4,7 +4,7 @@
 // exponentials of long rows stand where the gradient will. Those of shorter rows, and of 16-bit formats, which would round
 // them, stand in scratch, to which pass 1 copies the rest: nothing is left to pass over then. So the logits come from memory
 // once, but for terms that need them again in pass 3. Relies on call.h and sweeps.h;
-// kernels.cpp relies on it.
+// kernels.cpp and activation.h rely on it.
 #pragma once
 
 #include "call.h"

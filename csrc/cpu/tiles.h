@@ -1,5 +1,6 @@
-// Tiles and memory: kLanes rows at a time become class by class what vectors hold, one row per lane, and back. By quads where
-// the format has them, else by squares, whole vectors or single elements. Relies on quads.h; tile_kernel.h relies on it.
+// Tiles and memory: kLanes rows at a time become class by class what vectors hold, one row per lane, and back. By quads
+// where the format has them, else by squares, whole vectors or single elements. Relies on quads.h; tile_kernel.h and
+// activation.h rely on it.
 #pragma once
 
 #include "quads.h"

@@ -212,7 +212,8 @@ DRSL_DEVICE RowGrad<S> finish_row(const Call<D>& call, int64_t row, const RowLab
           out.label * scale * slope_at<Terms>(label_logit)};
 }
 
-// The gradient at a class that is not the label, by the transformed logit z. e = exp(z - shift). A masked class has one where it has a probability.
+// The gradient at a class that is not the label, by the transformed logit z. e = exp(z - shift). A masked class has one
+// where it has a probability.
 template <class Terms, class S>
 DRSL_DEVICE S gradient(const RowGrad<S>& row, S z, S e, S u, bool soft) {
   S g = e * row.a;

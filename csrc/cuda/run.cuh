@@ -176,10 +176,15 @@ const char* run_format(const DeviceTask& task, const Plan& plan, cudaStream_t st
     launch_terms<TermSet<true, true, true, true>>(call, plan, known, launch);
   } else if (is_transformed(t)) {
     launch_terms<TermSet<true, true, false, true>>(call, plan, known, launch);
-  } else if (has_weighted_mean(t)) launch_terms<TermSet<true, true, true>>(call, plan, known, launch);
-  else if (has_moments(t)) launch_terms<TermSet<true, true, false>>(call, plan, known, launch);
-  else if (needs_squares(t.distance)) launch_terms<TermSet<true, false, false>>(call, plan, known, launch);
-  else launch_terms<TermSet<false, false, false>>(call, plan, known, launch);
+  } else if (has_weighted_mean(t)) {
+    launch_terms<TermSet<true, true, true>>(call, plan, known, launch);
+  } else if (has_moments(t)) {
+    launch_terms<TermSet<true, true, false>>(call, plan, known, launch);
+  } else if (needs_squares(t.distance)) {
+    launch_terms<TermSet<true, false, false>>(call, plan, known, launch);
+  } else {
+    launch_terms<TermSet<false, false, false>>(call, plan, known, launch);
+  }
   if (call.reduced_loss && plan.blocks > 1) launch(finish_kernel<D>, 1, kFinishThreads, 0, call, plan.blocks);
   return launch.error();
 }

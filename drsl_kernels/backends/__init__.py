@@ -23,7 +23,8 @@ from torch.nn import Parameter
 from .. import reference
 from .._build import load_extension
 from .._version import __version__
-from ..spec import BACKENDS, LossSpec, LossStats, check_backend_name, inside_function_transform, watches_operators
+from ..checks import inside_function_transform, watches_operators
+from ..spec import BACKENDS, LossSpec, LossStats, check_backend_name
 from . import cpp
 
 # (logits, y, tau, weight, spec, return_stats, margins)

@@ -13,7 +13,8 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from .. import reference_op  # noqa: F401  (registers what csrc/ops.cpp calls)
-from ..spec import LossSpec, LossStats, SpecCodes, check_tensors
+from ..checks import check_tensors
+from ..spec import LossSpec, LossStats, SpecCodes
 
 # (logits, y, weight, margins, tau, codes, return_stats) -> the loss; with return_stats a pair of it and
 # statistics, (3, ...)

@@ -175,7 +175,7 @@ def detect(
 
 
 def strangers_to(dataset: str, x: Tensor, *, data_dir: Path | None, seed: int) -> dict[str, Tensor]:
-    """Images that are not of a data set, by name, as many as of its images x (N, channels, height, width).
+    """Images that are not of a data set, by name, at most as many as of its images x (N, channels, height, width).
 
     "noise" has uniform pixels, "shuffled" the pixels of each image in another order, and what is named like a data set
     are its test images, brought to the same size. That one is left out where no suitable data set is installed.
@@ -216,7 +216,10 @@ def _auc(normal: Tensor, abnormal: Tensor) -> float:
 
 def _logits(model: nn.Module, x: Tensor) -> Tensor:
     with evaluation_mode(model), torch.no_grad():
-        return torch.cat([model(some) for some in torch.split(x, _BATCH)])
+        logits = torch.cat([model(some) for some in torch.split(x, _BATCH)])
+    if not bool(logits.isfinite().all()):
+        raise FloatingPointError("the model's logits are NaN or infinite; look at its weights")
+    return logits
 
 
 def _images_of(dataset: str, data_dir: Path | None) -> Tensor | None:

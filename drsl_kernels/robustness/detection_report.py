@@ -94,7 +94,7 @@ def _words(comparison: Comparison) -> Iterator[str]:
     )
     yield (
         "noise: uniform pixels. shuffled: the pixels of each image in another order. A data set's name: its test "
-        "images, brought to the same size."
+        "images, brought to the same size. Seeds in which no image was broken are left out of the mean."
     )
     for loss in comparison.losses:
         for means in detection_means(comparison, loss):
@@ -103,9 +103,10 @@ def _words(comparison: Comparison) -> Iterator[str]:
 
 def _verdict(loss: TrainingLoss, means: DetectionMeans) -> Iterator[str]:
     score = f"{loss}, {_in_words(means.score, loss)}"
-    if means.joint is None or means.plain is None:
-        if means.joint is None:
-            yield f"{score}: no attack broke an image, so nothing can be said of attacked ones."
+    if means.joint is None:
+        yield f"{score}: no attack broke an image, so nothing can be said of attacked ones."
+        return
+    if means.plain is None:  # the joint attack alone broke images: there is nothing to compare it with
         return
     plain, joint = means.plain.mean, means.joint.mean
     if plain < 0.5 + _NOTICEABLE:

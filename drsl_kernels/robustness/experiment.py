@@ -50,6 +50,7 @@ _REVISION: Final = 3
 
 # The same for the masking checks, whose numbers are kept apart.
 _CHECKS_REVISION: Final = 1
+
 # Of training that is killed, no more is lost than this.
 _CHECKPOINT_SECONDS: Final = 10.0
 

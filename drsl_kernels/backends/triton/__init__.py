@@ -18,7 +18,8 @@ import triton
 from torch import Tensor
 
 from ... import reference
-from ...spec import LossSpec, LossStats, check_tensors, class_dim, watches_operators
+from ...checks import check_tensors, class_dim, watches_operators
+from ...spec import LossSpec, LossStats
 from .launch import MAX_CLASSES, SAVED, Task, is_laid_out, run, saved_slices
 
 INTERPRETED: bool = triton.knobs.runtime.interpret

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...spec import LossSpec, class_dim
+from ...checks import class_dim
+from ...spec import LossSpec
 from .few_classes import rows_kernel
 from .many_classes import gradient_kernel, row_kernel, stats_kernel
 from .row_loss import needs_moments
