@@ -40,7 +40,7 @@ def main(out: Path | None, rounds: int, seconds: float, threads: int) -> None:
     torch.set_num_threads(threads)
     data = digits()
     losses = [TrainingLoss(name, DEFAULT_TAUS[name][0]) for name in TRAINED_WITH]
-    epochs = time_epochs(losses, lambda: small_cnn(0), data.train_x, data.train_y, Recipe(), rounds=rounds)
+    epochs = time_epochs(losses, lambda _: small_cnn(0), data.train_x, data.train_y, Recipe(), rounds=rounds)
     ratios = {f"epoch, {loss}": epochs[loss].ratio for loss in losses}
 
     model = small_cnn(0).eval()
