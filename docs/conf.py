@@ -27,6 +27,7 @@ html_css_files = ["tables.css"]
 html_math_renderer = "mathml"
 html_copy_source = False
 myst_enable_extensions = ["dollarmath"]
+exclude_patterns = ["evidence/*/*/report.md"]  # what a command wrote, kept beside the page that tells of it
 smartquotes = False
 
 # In docstrings `name` links to a public name, and is code where there is none.
