@@ -70,6 +70,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "smoothing": {"label_smoothing": 0.1, "distance": "uniform"},
     "margin_scale": {"margin": 0.35, "scale": 2.0, "distance": "kl"},
     "gce": {"truth": "gce", "q": 0.3, "distance": "non_target"},
+    "truncated_gce": {"truth": "gce", "threshold": 0.2, "distance": "uniform"},
+    "sigsoftmax": {"activation": "sigsoftmax", "distance": "uniform"},
+    "sigsoftmax_smoothing": {"activation": "sigsoftmax", "label_smoothing": 0.1, "distance": "kl"},
 }
 
 
@@ -93,6 +96,18 @@ def test_options(options: str, reduction: str, shape: tuple[int, int], device: t
         backend=gpu_backend,
         **OPTIONS[options],
     )
+
+
+@SHAPES
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["softmax", "sigsoftmax"])
+def test_margins_of_classes(
+    activation: str, dtype: str, shape: tuple[int, int], device: torch.device, gpu_backend: str
+) -> None:
+    rows, classes = shape
+    z, y = random_logits(rows, classes, dtype=DTYPES[dtype]), random_labels(rows, classes=classes)
+    margin = random_logits(classes, seed=5)
+    assert_true_on(device, z, y, 0.5, distance="conditional", margin=margin, activation=activation, backend=gpu_backend)
 
 
 @SHAPES
