@@ -26,7 +26,7 @@ WRONG = {
 def unchecked(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Labels on the CPU are looked at before a kernel sees them: not here."""
     if device.type == "cpu":
-        monkeypatch.setattr("drsl_kernels.spec._check_labels", lambda *arguments: None)
+        monkeypatch.setattr("drsl_kernels.checks._check_labels", lambda *arguments: None)
 
 
 @pytest.mark.usefixtures("unchecked")
