@@ -1,6 +1,7 @@
-// From tensors to a Task for the kernels of their device, and back. Relies on compute.h.
+// From tensors to a Task for the kernels of their device, and back. Relies on arguments.h.
 #include "compute.h"
 
+#include "arguments.h"
 #include "cpu/kernels.h"
 #ifdef DRSL_WITH_CUDA
 #include "cuda/launch.h"
@@ -34,68 +35,6 @@ using at::Tensor;
 
 // ---------------------------------------------------------------------------------------------------------
 // Tensors -> Task
-
-int64_t class_dim(const Tensor& logits) { return logits.dim() == 1 ? 0 : 1; }
-
-std::optional<DType> kernel_dtype(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return DType::float32;
-    case at::kDouble:
-      return DType::float64;
-    case at::kBFloat16:
-      return DType::bfloat16;
-    case at::kHalf:
-      return DType::float16;
-    default:
-      return std::nullopt;
-  }
-}
-
-at::ScalarType accumulator_type(const Tensor& logits) {
-  return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-void check_plain(const Tensor& t, at::Device device, const char* name) {
-  TORCH_CHECK(t.device() == device && t.layout() == at::kStrided && !t.key_set().has(c10::DispatchKey::Python), name,
-              " must be a dense tensor on ", device, ", got ", t.toString(), " on ", t.device());
-}
-
-void check_shapes(const Tensor& logits, const Tensor& y, const Tensor& weight, const Tensor& margins, const Tensor& tau,
-                  bool soft) {
-  const at::Device device = logits.device();
-  check_plain(logits, device, "logits");
-  check_plain(y, device, "y");
-  TORCH_CHECK_NOT_IMPLEMENTED(kernel_dtype(logits.scalar_type()), "logits have dtype ", logits.scalar_type());
-  TORCH_CHECK(y.scalar_type() == at::kLong || y.scalar_type() == at::kByte, "y has dtype ", y.scalar_type());
-  TORCH_CHECK(logits.dim() >= 1, "logits have no class dimension");
-  if (logits.dim() == 1) {
-    TORCH_CHECK(y.dim() == 0 || (y.dim() == 1 && y.numel() == 1), "y has shape ", y.sizes());
-  } else {
-    bool same = y.dim() == logits.dim() - 1 && y.size(0) == logits.size(0);
-    for (int64_t d = 1; same && d < y.dim(); ++d) same = y.size(d) == logits.size(d + 1);
-    TORCH_CHECK(same, "y has shape ", y.sizes(), ", logits ", logits.sizes());
-  }
-  TORCH_CHECK(weight.defined() || !soft, "class probabilities without weights");
-  if (weight.defined()) {
-    check_plain(weight, device, "weight");
-    const int64_t classes = logits.size(class_dim(logits));
-    TORCH_CHECK(weight.dim() == (soft ? 2 : 1) && weight.size(-1) == classes && weight.is_floating_point() &&
-                    (!soft || weight.size(0) == y.numel()),
-                "weight has shape ", weight.sizes());
-  }
-  if (margins.defined()) {
-    check_plain(margins, device, "margin");
-    TORCH_CHECK(
-        !soft && margins.dim() == 1 && margins.size(0) == logits.size(class_dim(logits)) && margins.is_floating_point(),
-        "margin has shape ", margins.sizes());
-  }
-  if (tau.defined()) {
-    check_plain(tau, tau.dim() == 0 && tau.is_cpu() ? tau.device() : device, "tau");
-    TORCH_CHECK(tau.dim() == 0 || tau.sizes() == y.sizes(), "tau has shape ", tau.sizes());
-    TORCH_CHECK(tau.is_floating_point(), "tau has dtype ", tau.scalar_type());
-  }
-}
 
 // RowLayout with the storage it points to. Neighbouring row dimensions that step evenly in both tensors are one.
 struct Layout {
@@ -163,22 +102,38 @@ constexpr int64_t kScratchKept = int64_t(4) << 20;
 constexpr size_t kMaxDeviceDims = 4;  // of rows, in a gradient that is laid out as the logits are
 constexpr int64_t kGrainElements = 32768;  // less work than this per thread costs more than it saves
 
-// Sum of the rows' losses. Chunks have a size of their own, and their sums are added in order, so the result
-// does not depend on the number of threads.
-double run_rows(const Kernels& kernels, const Task& task) {
-  int64_t chunk = kGrainElements / std::max<int64_t>(task.classes, 1);
-  chunk = std::max<int64_t>(chunk / 16 * 16, chunk >= 16 ? 16 : std::max<int64_t>(chunk, 1));
-  const int64_t chunks = (task.rows + chunk - 1) / chunk;
+// The rows of a task in chunks of a size of their own, which does not depend on the number of threads.
+struct Chunks {
+  int64_t size, count, grain;
+
+  explicit Chunks(const Task& task) {
+    size = kGrainElements / std::max<int64_t>(task.classes, 1);
+    size = std::max<int64_t>(size / 16 * 16, size >= 16 ? 16 : std::max<int64_t>(size, 1));
+    count = (task.rows + size - 1) / size;
+    grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(size * task.classes, 1));
+  }
+};
+
+// take(chunk, first row, end, scratch) for every chunk, in parallel.
+template <class Take>
+void for_chunks(const Kernels& kernels, const Task& task, const Chunks& chunks, Take take) {
   const int64_t bytes = kernels.scratch_bytes(task);
-  c10::SmallVector<double, 64> sums(chunks, 0.0);
-  const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(chunk * task.classes, 1));
-  at::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, chunks.count, chunks.grain, [&](int64_t begin, int64_t end) {
     static thread_local Scratch kept;
     Scratch own;
     void* scratch = (bytes <= kScratchKept ? kept : own).get(bytes);
     for (int64_t i = begin; i < end; ++i) {
-      sums[i] = kernels.run(task, i * chunk, std::min((i + 1) * chunk, task.rows), scratch);
+      take(i, i * chunks.size, std::min((i + 1) * chunks.size, task.rows), scratch);
     }
+  });
+}
+
+// Sum of the rows' losses. The chunks' sums are added in order.
+double run_rows(const Kernels& kernels, const Task& task) {
+  const Chunks chunks(task);
+  c10::SmallVector<double, 64> sums(chunks.count, 0.0);
+  for_chunks(kernels, task, chunks, [&](int64_t i, int64_t begin, int64_t end, void* scratch) {
+    sums[i] = kernels.run(task, begin, end, scratch);
   });
   double total = 0;
   for (double sum : sums) total += sum;
@@ -196,31 +151,9 @@ double weight_of_labels(const Tensor& weight, const Tensor& y, int64_t ignore_in
   return sum;
 }
 
-// What a reader of the memory would not see: lazy negation (of an imaginary part that was conjugated, say), and zeros
-// without memory.
-Tensor in_memory(const Tensor& t) {
-  if (t._is_zerotensor()) return at::zeros(t.sizes(), t.options());
-  return t.is_neg() ? t.resolve_neg() : t;
-}
-
-Tensor to_accumulator(const Tensor& t, at::ScalarType type) {
-  return t.defined() ? in_memory(t).to(type).contiguous() : t;
-}
-
-template <class S>
-bool all_finite(const S* values, int64_t count) {
-  return std::all_of(values, values + count, [](S x) { return std::isfinite(x); });
-}
-
-// Of a contiguous tensor on the CPU, in less time than an operator takes to begin.
-bool all_finite(const Tensor& t) {
-  return t.scalar_type() == at::kDouble ? all_finite(t.const_data_ptr<double>(), t.numel())
-                                        : all_finite(t.const_data_ptr<float>(), t.numel());
-}
-
 // Where the rows and everything that is read or written lie, but for what depends on the device.
 struct Inputs {
-  Tensor logits, y, weight, margins, tau, upstream;
+  Tensor logits, y, weight, margins, tau, upstream, label_logits, stats;
   at::ScalarType acc;
   bool penalised;
 };
@@ -257,6 +190,9 @@ Task make_task(const Inputs& in, const Config& config, const Wanted& wanted, con
   task.tau_stride = step(in.tau);
   task.saved = in.logits.is_cpu() ? data(result.saved) : nullptr;
   task.from_saved = task.saved && !wanted.saved;
+  task.label_logits = read(in.label_logits);
+  task.stats = read(in.stats);
+  task.stats_parts = in.stats.defined() ? in.stats.size(1) : 0;
   task.upstream = read(in.upstream);
   task.upstream_stride = step(in.upstream);
   task.grad_scale = result.grad_scale;
@@ -329,6 +265,14 @@ void* current_stream([[maybe_unused]] at::Device device) {
 #endif
 }
 
+void launch_on_device(cuda::DeviceTask& work, const at::TensorOptions& options) {
+  const c10::DeviceGuard guard(options.device());
+  const Tensor scratch = at::empty({cuda::scratch_bytes(work)}, options.dtype(at::kByte));
+  work.scratch = scratch.mutable_data_ptr();
+  const char* const error = cuda::run(work, current_stream(options.device()));
+  TORCH_CHECK(!error, "CUDA error: ", error);
+}
+
 void run_on_device(const Task& task, const at::TensorOptions& options, const Config& config, const Wanted& wanted,
                    const Later& later, Result& result) {
   const c10::DeviceGuard guard(options.device());
@@ -349,13 +293,24 @@ void run_on_device(const Task& task, const at::TensorOptions& options, const Con
     result.saved = at::empty({task.rows, cuda::kSavedStats}, options);
   }
   work.stats = data(result.saved);
-  const Tensor scratch = at::empty({cuda::scratch_bytes(work)}, options.dtype(at::kByte));
-  work.scratch = scratch.mutable_data_ptr();
-  const char* const error = cuda::run(work, current_stream(options.device()));
-  TORCH_CHECK(!error, "CUDA error: ", error);
+  launch_on_device(work, options);
 }
 
 #endif
+
+void check_elsewhere(const Tensor& logits, const Tensor& y, const Tensor& weight, const Tensor& margins,
+                     const Config& config, const Elsewhere& elsewhere) {
+  TORCH_CHECK(logits.dim() == 2 && logits.stride(1) == 1, "some classes of rows must be an ordinary matrix");
+  TORCH_CHECK(!weight.defined() && !margins.defined() && !config.soft && config.activation == Activation::softmax &&
+                  config.reduction == Reduction::none,
+              "a loss that some of the classes cannot compute");
+  const Tensor &stats = elsewhere.stats, &label_logits = elsewhere.label_logits;
+  TORCH_CHECK(stats.dim() == 3 && stats.size(0) == y.numel() && stats.size(1) > 0 && stats.size(2) == kRowStats &&
+                  stats.device() == logits.device(),
+              "stats have shape ", stats.sizes());
+  TORCH_CHECK(label_logits.defined() && label_logits.sizes() == y.sizes() && label_logits.device() == logits.device(),
+              "label_logits must be one per row");
+}
 
 // A batch without rows, or rows without classes: no label is one, so all but ignored rows are NaN.
 void fill_empty(const Inputs& in, const Config& config, const Result& result) {
@@ -387,8 +342,11 @@ double single_value(const Tensor& t) {
 }
 
 Result compute(const Tensor& logits_in, const Tensor& y_in, const Tensor& weight_in, const Tensor& margins_in,
-               const Tensor& tau_in, const Config& config_in, const Wanted& wanted, const Later& later) {
+               const Tensor& tau_in, const Config& config_in, const Wanted& wanted, const Later& later,
+               const Elsewhere& elsewhere) {
   check_shapes(logits_in, y_in, weight_in, margins_in, tau_in, config_in.soft);
+  const bool is_part = elsewhere.stats.defined();
+  if (is_part) check_elsewhere(logits_in, y_in, weight_in, margins_in, config_in, elsewhere);
   Config config = config_in;
   Inputs in;
   in.logits = in_memory(logits_in);
@@ -397,6 +355,8 @@ Result compute(const Tensor& logits_in, const Tensor& y_in, const Tensor& weight
   in.weight = to_accumulator(weight_in, in.acc);
   in.margins = to_accumulator(margins_in, in.acc);
   in.upstream = to_accumulator(later.upstream, in.acc);
+  in.label_logits = to_accumulator(elsewhere.label_logits, in.acc);
+  in.stats = to_accumulator(elsewhere.stats, in.acc);
   // One value that the host holds is passed as such, one on a device stays there.
   const bool tau_on_host = tau_in.defined() && tau_in.dim() == 0 && tau_in.is_cpu();
   if (tau_on_host) config.tau_value = single_value(tau_in);
@@ -413,7 +373,7 @@ Result compute(const Tensor& logits_in, const Tensor& y_in, const Tensor& weight
 
   Result result;
   const auto options = in.logits.options().dtype(in.acc);
-  const bool known = device || later.saved.defined();
+  const bool known = device || later.saved.defined() || is_part;
   const double denominator = known ? 1 : scan_labels(kernels(), in, config, result);
   if (device && in.logits.dim() > static_cast<int64_t>(kMaxDeviceDims) + 1) {
     // The gradient of a view may be laid out in another way than the view.
@@ -421,8 +381,9 @@ Result compute(const Tensor& logits_in, const Tensor& y_in, const Tensor& weight
     if (Layout(in.logits, grad).sizes.size() > kMaxDeviceDims) in.logits = in.logits.contiguous();
   }
   if (wanted.grad) {
-    result.grad = later.grad.defined() ? later.grad : at::empty_like(in.logits);
-    if (!device) ask_for_large_pages(result.grad);
+    TORCH_CHECK(!wanted.over_logits || in.logits.is_same(logits_in), "logits cannot be written to");
+    result.grad = wanted.over_logits ? in.logits : later.grad.defined() ? later.grad : at::empty_like(in.logits);
+    if (!device && !wanted.over_logits) ask_for_large_pages(result.grad);
   }
   if (wanted.tau_grad) result.tau_grad = at::zeros({in.y.numel()}, options);
   if (wanted.loss) {
@@ -441,13 +402,57 @@ Result compute(const Tensor& logits_in, const Tensor& y_in, const Tensor& weight
 
   const Layout layout(in.logits, result.grad);
   TORCH_CHECK(!device || layout.sizes.size() <= kMaxDeviceDims, "a layout of ", layout.sizes.size(), " dimensions");
-  const Task task = make_task(in, config, wanted, result, layout);
+  Task task = make_task(in, config, wanted, result, layout);
   if (!device) run_on_cpu(kernels(), task, config, denominator, result);
 #ifdef DRSL_WITH_CUDA
-  else if (in.logits.numel() > 0) run_on_device(task, options, config, wanted, later, result);
+  else if (in.logits.numel() > 0) {
+    Tensor apart;  // of rows that several blocks share, one may still read what another has written
+    if (wanted.over_logits && cuda::shares_rows(task)) {
+      apart = at::empty_like(in.logits);
+      task.grad = apart.mutable_data_ptr();
+    }
+    run_on_device(task, options, config, wanted, later, result);
+    if (apart.defined()) in.logits.copy_(apart);
+  }
 #endif
-  else fill_empty(in, config, result);
+  else
+    fill_empty(in, config, result);
   return result;
+}
+
+Tensor row_stats(const Tensor& logits_in, const Tensor& y_in, const Config& config) {
+  check_shapes(logits_in, y_in, {}, {}, {}, false);
+  TORCH_CHECK(logits_in.dim() == 2, "logits have shape ", logits_in.sizes());
+  TORCH_CHECK(config.activation == Activation::softmax && !config.soft, "statistics of parts are of plain logits");
+  Inputs in;
+  in.logits = in_memory(logits_in).contiguous();
+  in.acc = accumulator_type(in.logits);
+  in.y = in_memory(y_in).to(at::kLong).contiguous();
+  in.penalised = true;
+  const auto options = in.logits.options().dtype(in.acc);
+  const Tensor stats = at::empty({in.y.numel(), kRowStats}, options);
+  const Layout layout(in.logits, {});
+  Task task = make_task(in, config, {}, {}, layout);
+  if (task.distance == Distance::none) task.distance = Distance::uniform;  // which may be reported
+  if (in.logits.numel() == 0) {
+    const double nothing[kRowStats] = {-std::numeric_limits<double>::infinity()};
+    return stats.copy_(at::tensor(at::ArrayRef<double>(nothing, kRowStats)));
+  }
+  if (!on_device(in.logits)) {
+    const auto write = [&](int64_t, int64_t begin, int64_t end, void* scratch) {
+      kernels().row_stats(task, begin, end, scratch, stats.mutable_data_ptr());
+    };
+    for_chunks(kernels(), task, Chunks(task), write);
+    return stats;
+  }
+#ifdef DRSL_WITH_CUDA
+  cuda::DeviceTask work{};
+  work.task = task;
+  work.stats = stats.mutable_data_ptr();
+  work.stats_alone = true;
+  launch_on_device(work, options);
+#endif
+  return stats;
 }
 
 }  // namespace drsl

@@ -28,6 +28,7 @@ struct Config {
 struct Wanted {
   bool loss = false, grad = false, tau_grad = false, stats = false;
   bool saved = false;  // what makes a later gradient cheaper, if there is such a thing
+  bool over_logits = false;  // the gradient takes the place of the logits
 };
 
 struct Result {
@@ -44,6 +45,12 @@ struct Later {
   at::Tensor grad;  // if defined, the buffer to fill, which is right already if upstream is the one value 1
 };
 
+// For logits that are only some of the classes: see Task.
+struct Elsewhere {
+  at::Tensor label_logits;  // (rows,)
+  at::Tensor stats;  // (rows, parts, kRowStats)
+};
+
 // Whether a run takes place on a device, in the order of a stream, where the host cannot look at values.
 bool on_device(const at::Tensor& t);
 
@@ -54,6 +61,10 @@ double single_value(const at::Tensor& t);
 // Arguments are only checked for what would be unsafe: Python turns a failed check into an error that names the
 // argument and its value (drsl_kernels/spec.py).
 Result compute(const at::Tensor& logits, const at::Tensor& y, const at::Tensor& weight, const at::Tensor& margins,
-               const at::Tensor& tau, const Config& config, const Wanted& wanted, const Later& later = {});
+               const at::Tensor& tau, const Config& config, const Wanted& wanted, const Later& later = {},
+               const Elsewhere& elsewhere = {});
+
+// What `Elsewhere` wants of these classes, logits (rows, classes): (rows, kRowStats). Labels may be outside of them.
+at::Tensor row_stats(const at::Tensor& logits, const at::Tensor& y, const Config& config);
 
 }  // namespace drsl

@@ -24,6 +24,10 @@ struct RowLayout {
 // r_k (a + b r_k) the first few are enough.
 constexpr int64_t kSavedFields = 8, kFewSavedFields = 4;
 
+// Numbers of a row's statistics in memory, where they are merged with those of other classes: RowStats, U, and U times
+// M - nu.
+constexpr int64_t kRowStats = 8;
+
 // One call. "acc" below is double for float64 logits, else float. Pointers marked "may be null" are optional.
 struct Task {
   DType dtype;
@@ -57,6 +61,13 @@ struct Task {
   // On the CPU: written, or with `from_saved` read by a run that writes the gradient and nothing else. May be null.
   void* saved;
   bool from_saved;
+
+  // Where the logits are only some of the classes: acc (rows,), the logits of the labels, which may lie elsewhere, and acc
+  // (rows, stats_parts, kRowStats), the statistics of parts of the rest, to be merged. A label outside [0, classes) is none
+  // of these classes. May be null; there are no class weights or class margins then.
+  const void* label_logits;
+  const void* stats;
+  int64_t stats_parts;
 };
 
 inline int64_t saved_fields(const Task& t) {

@@ -9,9 +9,11 @@ from .activations import log_sigsoftmax, sigsoftmax
 from .backends import Info, info
 from .functional import fused_drsl_loss, softmax_loss
 from .heads import GaussianMixtureHead, gaussian_mixture_loss
+from .linear import fused_linear_drsl_loss, fused_linear_softmax_loss
 from .members import GCELoss, ISCELoss, LogOddsLoss, MAELoss, gce_loss, isce_loss, log_odds_loss, mae_loss
 from .mixtures import MixtureOfSigsoftmax, MixtureOfSoftmax
-from .modules import DRSLLoss
+from .modules import DRSLLoss, FusedLinearDRSLLoss
+from .parallel import parallel_drsl_loss, parallel_softmax_loss
 from .regularizers import L1, Absum, absum_penalty, absum_step, l1_penalty, l1_step
 from .spec import LossStats
 
@@ -19,6 +21,7 @@ __all__ = [
     "L1",
     "Absum",
     "DRSLLoss",
+    "FusedLinearDRSLLoss",
     "GCELoss",
     "GaussianMixtureHead",
     "ISCELoss",
@@ -32,6 +35,8 @@ __all__ = [
     "absum_penalty",
     "absum_step",
     "fused_drsl_loss",
+    "fused_linear_drsl_loss",
+    "fused_linear_softmax_loss",
     "gaussian_mixture_loss",
     "gce_loss",
     "info",
@@ -41,6 +46,8 @@ __all__ = [
     "log_odds_loss",
     "log_sigsoftmax",
     "mae_loss",
+    "parallel_drsl_loss",
+    "parallel_softmax_loss",
     "reference",
     "sigsoftmax",
     "softmax_loss",

@@ -46,6 +46,70 @@ def check_tensors(
         _check_labels(y, classes, spec.ignore_index)
 
 
+def check_linear(
+    hidden: object,
+    weight: object,
+    bias: object,
+    y: object,
+    tau: object,
+    class_weight: object,
+    margins: object,
+    spec: LossSpec,
+    *,
+    autocast: bool,
+    labels: bool,
+) -> None:
+    """`check_tensors` for a linear layer in place of logits: the errors of `linear.fused_linear_softmax_loss`."""
+    hidden, weight, y = _check_tensor("hidden", hidden), _check_tensor("weight", weight), _check_tensor("y", y)
+    if hidden.dtype not in LOGITS_DTYPES:
+        raise NotImplementedError(f"hidden must be float32, float64, bfloat16 or float16, got {hidden.dtype}")
+    if hidden.dim() == 0:
+        raise ValueError("hidden must have shape (..., H), got ()")
+    width = hidden.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != width:
+        raise ValueError(f"weight must have shape (C, H) = (C, {width}), got {tuple(weight.shape)}")
+    layer = {"weight": weight} if bias is None else {"weight": weight, "bias": _check_tensor("bias", bias)}
+    if bias is not None and layer["bias"].shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape (C,) = ({weight.shape[0]},), got {tuple(layer['bias'].shape)}")
+    for argument, tensor in layer.items():
+        if tensor.dtype != hidden.dtype and not (autocast and tensor.is_floating_point()):
+            raise TypeError(f"{argument} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}")
+    if y.dtype not in (torch.int64, torch.uint8):
+        raise TypeError(f"y must hold class indices of dtype int64, got {y.dtype}")
+    if y.shape != hidden.shape[:-1]:
+        wanted = f"{tuple(hidden.shape[:-1])} for hidden of shape {tuple(hidden.shape)}"
+        raise ValueError(f"y must have shape {wanted}, got {tuple(y.shape)}")
+    for argument, tensor in (layer | {"y": y}).items():
+        if tensor.device != hidden.device:
+            raise RuntimeError(f"{argument} must be on the device of hidden, {hidden.device}, got {tensor.device}")
+    classes = weight.shape[0]
+    if class_weight is not None:
+        _check_weight(class_weight, classes, hidden.device, "class_weight")
+    if margins is not None:
+        _check_margins(margins, classes, hidden.device, spec)
+    _check_tau(tau, y.shape, hidden.device)
+    if hidden.device.type == "cpu" and labels:
+        _check_labels(y, classes, spec.ignore_index)
+
+
+def check_parallel(logits: Tensor, y: object, tau: object, spec: LossSpec) -> None:
+    """`check_tensors` for logits (N, C) of some of the classes: labels may be elsewhere, and are not looked at."""
+    y = _check_tensor("y", y)
+    if logits.dtype not in LOGITS_DTYPES:
+        raise NotImplementedError(f"logits must be float32, float64, bfloat16 or float16, got {logits.dtype}")
+    if logits.shape[1] == 0:
+        raise ValueError("logits must have a class on every process, got none")
+    if y.dtype not in (torch.int64, torch.uint8):
+        raise TypeError(f"y must hold class indices of dtype int64, got {y.dtype}")
+    if y.shape != logits.shape[:1]:
+        raise ValueError(f"y must have shape (N,) = ({logits.shape[0]},), got {tuple(y.shape)}")
+    if y.device != logits.device:
+        raise RuntimeError(f"y must be on the device of logits, {logits.device}, got {y.device}")
+    if spec.ignore_index >= 0:
+        raise ValueError(f"ignore_index must be negative for classes of several processes, got {spec.ignore_index}")
+    _check_tau(tau, y.shape, logits.device)
+
+
 def class_dim(logits: Tensor) -> int:
     """0 for one unbatched row of shape (C,), else 1: (N, C) or (N, C, d1, ...)."""
     return 0 if logits.dim() == 1 else 1
@@ -87,22 +151,22 @@ def _check_soft_target(logits: Tensor, y: Tensor) -> None:
         )
 
 
-def check_weight_alone(weight: object) -> None:
+def check_weight_alone(weight: object, argument: str = "weight") -> None:
     """What can be said about class weights without logits."""
-    weight = _check_tensor("weight", weight)
+    weight = _check_tensor(argument, weight)
     if weight.dim() != 1:
-        raise RuntimeError(f"weight must have shape (C,), got {tuple(weight.shape)}")
+        raise RuntimeError(f"{argument} must have shape (C,), got {tuple(weight.shape)}")
     if not weight.is_floating_point():
-        raise RuntimeError(f"weight must be of a floating dtype, got {weight.dtype}")
+        raise RuntimeError(f"{argument} must be of a floating dtype, got {weight.dtype}")
 
 
-def _check_weight(weight: object, classes: int, device: torch.device) -> None:
-    check_weight_alone(weight)
+def _check_weight(weight: object, classes: int, device: torch.device, argument: str = "weight") -> None:
+    check_weight_alone(weight, argument)
     assert isinstance(weight, Tensor)
     if tuple(weight.shape) != (classes,):
-        raise RuntimeError(f"weight must have shape (C,) = ({classes},), got {tuple(weight.shape)}")
+        raise RuntimeError(f"{argument} must have shape (C,) = ({classes},), got {tuple(weight.shape)}")
     if weight.device != device:
-        raise RuntimeError(f"weight must be on the device of logits, {device}, got {weight.device}")
+        raise RuntimeError(f"{argument} must be on the device of logits, {device}, got {weight.device}")
 
 
 def check_margin_alone(margins: object) -> None:

@@ -29,7 +29,7 @@ from .spec import (
 )
 from .targets import soft_target
 
-__all__ = ["fused_drsl_loss", "softmax_loss"]
+__all__ = ["family_loss", "fused_drsl_loss", "softmax_loss"]
 
 
 @overload
@@ -151,7 +151,7 @@ def fused_drsl_loss(
     if distance is None:  # what softmax_loss takes for "no penalty" is a mistake here
         raise ValueError(f"distance must be one of {', '.join(map(repr, DISTANCES))}, got None")
     member = ("ce", 0.7, distance, 1.0, 0.0, ignore_index, reduction, label_smoothing, 0.0, "softmax")
-    return _loss(logits, y, tau, weight, None, member, return_stats, backend)
+    return family_loss(logits, y, tau, weight, None, member, return_stats, backend)
 
 
 @overload
@@ -266,10 +266,10 @@ def softmax_loss(
     """
     margin, margins = (0.0, margin) if isinstance(margin, Tensor) else (margin, None)
     member = (truth, q, distance, scale, margin, ignore_index, reduction, label_smoothing, threshold, activation)
-    return _loss(logits, y, tau, weight, margins, member, return_stats, backend)
+    return family_loss(logits, y, tau, weight, margins, member, return_stats, backend)
 
 
-def _loss(
+def family_loss(
     logits: Tensor,
     y: Tensor,
     tau: Tensor | float,

@@ -9,8 +9,6 @@ Relies on `backends`; `functional` calls it where `torch.compile` traces.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from torch.library import custom_op
 
 from . import reference
 from .backends import choose
+from .backends.pieces import autograd_inside_an_operator
 from .checks import class_dim
 from .spec import REDUCTIONS, LossSpec, LossStats, spec_of_codes
 
@@ -126,7 +125,7 @@ def loss_backward(
     spec = spec_of_codes(
         truth, q, distance, scale, margin, ignore_index, reduction, label_smoothing, soft, threshold, activation
     )
-    with _autograd_inside_an_operator():
+    with autograd_inside_an_operator():
         z = logits.detach().requires_grad_(for_logits)
         t = tau if tau is None else tau.detach().requires_grad_(for_tau)
         run = choose(z, backend or None)
@@ -209,17 +208,6 @@ def _second(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
 
 
 loss_backward.register_autograd(_second, setup_context=_save_for_second)
-
-
-@contextmanager
-def _autograd_inside_an_operator() -> Iterator[None]:
-    """Operators run below autograd: what they compute themselves is recorded only with its keys let in again."""
-    C = torch._C
-    excluded = C._dispatch_tls_local_exclude_set()
-    for name in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
-        excluded = excluded.remove(getattr(C.DispatchKey, name))
-    with C._ForceDispatchKeyGuard(C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
-        yield
 
 
 def _row_shape(logits: Tensor, y: Tensor) -> torch.Size:

@@ -19,7 +19,7 @@ from drsl_kernels import softmax_loss
 from drsl_kernels.spec import cached_loss_spec
 
 pytest.importorskip("triton")
-from drsl_kernels.backends.triton import launch
+from drsl_kernels.backends.triton import launch, layouts
 
 WEIGHTED: dict[str, Any] = {"distance": "non_target_logits", "label_smoothing": 0.1}
 INF, NAN = math.inf, math.nan
@@ -311,9 +311,9 @@ def test_width_of_words() -> None:
 
     def width(rows: int, classes: int, pitch: int, offset: int = 0, dtype: torch.dtype = torch.float32) -> int:
         z = memory.view(dtype).as_strided((rows, classes), (pitch, 1), offset)
-        layout = launch.rows_of(z)
+        layout = layouts.rows_of(z)
         assert layout is not None
-        return launch.width((z,), (layout,), classes)
+        return layouts.width((z,), (layout,), classes)
 
     assert memory.data_ptr() % 16 == 0
     assert width(4, 1000, 1000) == 4
@@ -325,6 +325,6 @@ def test_width_of_words() -> None:
     assert width(4, 8, 8, offset=2) == 2
     assert width(4, 7, 8) == 1
     strided = memory.as_strided((4, 8), (64, 2))
-    layout = launch.rows_of(strided)
+    layout = layouts.rows_of(strided)
     assert layout is not None
-    assert launch.width((strided,), (layout,), 8) == 0
+    assert layouts.width((strided,), (layout,), 8) == 0

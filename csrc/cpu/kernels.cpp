@@ -5,6 +5,7 @@
 #include "row_kernel.h"
 #include "tile_kernel.h"
 
+#include <algorithm>
 #include <type_traits>
 
 #define DRSL_QUOTE(x) #x
@@ -29,9 +30,12 @@ template <class D, class S = Accumulator<D>>
 int64_t scratch_bytes_of(const Task& t) {
   const bool tiles = use_tiles<D>(t), grad = t.grad != nullptr;
   if (t.activation == Activation::softmax) {
-    return sizeof(S) * (tiles ? tile_scratch_elements<S>(t) : row_scratch_elements<D>(t.classes, grad));
+    const int64_t rows = row_scratch_elements<S>(t.classes, grad, use_copies<D>(t));
+    if (!grad && tiles) return sizeof(S) * std::max(rows, tile_scratch_elements<S>(t));  // `row_stats` goes by rows
+    return sizeof(S) * (tiles ? tile_scratch_elements<S>(t) : rows);
   }
-  const int64_t inner = tiles ? tile_scratch_elements<S>(t) : row_scratch_elements<S>(t.classes, grad);
+  const bool copies = t.classes <= kCopiedClasses;
+  const int64_t inner = tiles ? tile_scratch_elements<S>(t) : row_scratch_elements<S>(t.classes, grad, copies);
   return sizeof(S) * (block_elements<S>(t, block_strides<S>(t.classes, tiles)) + inner);
 }
 
@@ -54,9 +58,25 @@ void run_from_saved(const Task& t, int64_t begin, int64_t end, void* scratch) {
   }
 }
 
+// The loss and its gradient by some of the classes.
+template <class Terms, bool kGrad, class D>
+double run_from_stats(const Task& t, int64_t begin, int64_t end) {
+  using S = Accumulator<D>;
+  constexpr int64_t kLanes = Vec<S>::kLanes;
+  const Call<D> call(t);
+  LossSum<S> sum;
+  for (int64_t row = begin; row < end; row += kLanes) {
+    row_block_from_stats<Terms, kGrad>(call, row, end - row < kLanes ? end - row : kLanes, sum);
+  }
+  return sum.total();
+}
+
 template <class Terms, bool kGrad, class D>
 double run_terms(const Task& t, int64_t begin, int64_t end, void* scratch) {
   using S = Accumulator<D>;
+  if constexpr (!Terms::kWeightedMean) {
+    if (t.stats) return run_from_stats<Terms, kGrad, D>(t, begin, end);
+  }
   if constexpr (kGrad && std::is_same_v<D, Half>) {  // nothing else is saved for
     if (t.from_saved) {
       run_from_saved<Terms, D>(t, begin, end, scratch);
@@ -75,7 +95,7 @@ double run_terms(const Task& t, int64_t begin, int64_t end, void* scratch) {
     const int64_t step = block_rows<S>(t.classes);
     for (int64_t row = begin; row < end; row += step) {
       const int64_t n = end - row < step ? end - row : step;
-      if (sizeof(D) != sizeof(S) || use_copies<D>(t.classes)) {
+      if (sizeof(D) != sizeof(S) || use_copies<D>(t)) {
         row_block<Terms, kGrad, true>(call, row, n, workspace, sum);
       } else if constexpr (sizeof(D) == sizeof(S)) {
         row_block<Terms, kGrad, false>(call, row, n, workspace, sum);
@@ -137,6 +157,39 @@ double run(const Task& t, int64_t begin, int64_t end, void* scratch) {
   }
 }
 
+template <class Terms, class D>
+void stats_terms(const Task& t, int64_t begin, int64_t end, void* scratch, void* out) {
+  using S = Accumulator<D>;
+  const Call<D> call(t);
+  const int64_t step = block_rows<S>(t.classes);
+  for (int64_t row = begin; row < end; row += step) {
+    const int64_t n = end - row < step ? end - row : step;
+    stats_block<Terms>(call, row, n, static_cast<S*>(scratch), static_cast<S*>(out));
+  }
+}
+
+template <class D>
+void stats_typed(const Task& t, int64_t begin, int64_t end, void* scratch, void* out) {
+  if (t.smoothing > 0 || needs_moments(t.distance)) {
+    stats_terms<TermSet<true, true, false>, D>(t, begin, end, scratch, out);
+  } else {
+    stats_terms<TermSet<true, false, false>, D>(t, begin, end, scratch, out);
+  }
+}
+
+void row_stats(const Task& t, int64_t begin, int64_t end, void* scratch, void* out) {
+  switch (t.dtype) {
+    case DType::float64:
+      return stats_typed<double>(t, begin, end, scratch, out);
+    case DType::bfloat16:
+      return stats_typed<BFloat16>(t, begin, end, scratch, out);
+    case DType::float16:
+      return stats_typed<Half>(t, begin, end, scratch, out);
+    default:
+      return stats_typed<float>(t, begin, end, scratch, out);
+  }
+}
+
 LabelScan scan_labels(const int64_t* labels, int64_t rows, int64_t classes, int64_t ignore_index) {
   int64_t ignored = 0, wrong = 0;
   for (int64_t i = 0; i < rows; ++i) {
@@ -150,7 +203,7 @@ LabelScan scan_labels(const int64_t* labels, int64_t rows, int64_t classes, int6
 }  // namespace
 
 extern const Kernels kTable;
-const Kernels kTable = {DRSL_NAME(DRSL_ISA), scratch_bytes, run, scan_labels};
+const Kernels kTable = {DRSL_NAME(DRSL_ISA), scratch_bytes, run, row_stats, scan_labels};
 
 }  // namespace DRSL_ISA
 }  // namespace drsl

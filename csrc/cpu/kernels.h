@@ -19,6 +19,9 @@ struct Kernels {
   int64_t (*scratch_bytes)(const Task&);
   // Process rows [begin, end); returns the sum of their losses. Different ranges may run on different threads.
   double (*run)(const Task&, int64_t begin, int64_t end, void* scratch);
+  // Write statistics of rows [begin, end), acc (rows, kRowStats), for Task::stats; the scratch is that of `run` without a
+  // gradient. Classes are adjacent, and the activation is softmax.
+  void (*row_stats)(const Task&, int64_t begin, int64_t end, void* scratch, void* out);
   LabelScan (*scan_labels)(const int64_t* labels, int64_t rows, int64_t classes, int64_t ignore_index);
 };
 

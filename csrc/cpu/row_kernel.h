@@ -16,9 +16,10 @@ inline namespace DRSL_ISA {
 constexpr int64_t kChunkElements = 8192;  // 32 KB of float
 constexpr int64_t kCopiedClasses = 2048;  // longer rows of an exact format are not copied
 
+// A gradient that takes the place of the logits must not hold exponentials while they are still read.
 template <class D>
-DRSL_FN bool use_copies(int64_t classes) {
-  return sizeof(D) != sizeof(Accumulator<D>) || classes <= kCopiedClasses;
+DRSL_FN bool use_copies(const Task& t) {
+  return sizeof(D) != sizeof(Accumulator<D>) || t.classes <= kCopiedClasses || t.grad == t.logits;
 }
 
 template <class S>
@@ -39,11 +40,10 @@ DRSL_FN int64_t copy_stride(int64_t classes, bool grad) {
 }
 
 // The maximum of each chunk, and copies of a block of rows.
-template <class D, class S = Accumulator<D>>
-DRSL_FN int64_t row_scratch_elements(int64_t classes, bool grad) {
+template <class S>
+DRSL_FN int64_t row_scratch_elements(int64_t classes, bool grad, bool copies) {
   const int64_t chunks = (classes + kChunkElements - 1) / kChunkElements;
-  return chunks * Vec<S>::kLanes +
-         (use_copies<D>(classes) ? block_rows<S>(classes) * copy_stride<S>(classes, grad) : 0);
+  return chunks * Vec<S>::kLanes + (copies ? block_rows<S>(classes) * copy_stride<S>(classes, grad) : 0);
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -208,6 +208,10 @@ DRSL_PASS void weighted_sums_of_row(const D* z, const S* u, int64_t classes, int
 // ---------------------------------------------------------------------------------------------------------
 // Blocks of rows, one row per lane
 
+DRSL_FN int64_t chunk_width(int64_t classes, int64_t at) {
+  return classes - at < kChunkElements ? classes - at : kChunkElements;
+}
+
 // Rows first .. first + rows - 1, where they lie, and how far behind a class is the one that takes its place next.
 template <class D, bool kCopies>
 struct Block {
@@ -328,6 +332,40 @@ DRSL_PASS RowStats<Vec<S>> sum_chunks(const Call<D>& call, const Block<D, kCopie
           tops.count};
 }
 
+// What the classes of a block of rows sum up to. U and M - nu are those of the weights, or n and h without weights.
+template <class S>
+struct RowSums {
+  RowStats<Vec<S>> stats;
+  Vec<S> rest_weight, rest_depth;
+};
+
+// Passes 1 and 2. The maximum of every chunk goes to `chunk_max`.
+template <class Terms, bool kGrad, bool kCopies, class D, class S = Accumulator<D>>
+DRSL_FN RowSums<S> sum_block(const Call<D>& call, const Block<D, kCopies>& block, S* chunk_max) {
+  constexpr int kLanes = Vec<S>::kLanes;
+  const Task& t = call.task;
+  RowStats<Vec<S>> stats = empty_stats<Vec<S>>();
+  for (int64_t at = 0; at < t.classes; at += kChunkElements) {
+    const int64_t width = chunk_width(t.classes, at);
+    const ChunkTops<S> tops = take_chunks(call, block, at, width);
+    store(chunk_max + at / kChunkElements * kLanes, tops.max);
+    const RowStats<Vec<S>> part = sum_chunks<Terms, kGrad>(call, block, tops, at, width);
+    stats = at == 0 ? part : merge(stats, part);
+  }
+  if constexpr (!Terms::kWeightedMean) return {stats, stats.count, stats.depth};
+  S weight[kLanes] = {}, depth[kLanes] = {};
+  for (int64_t i = 0; i < block.rows; ++i) {
+    const int64_t row = block.first + i;
+    if (call.ignored(row)) continue;
+    S u[2];
+    weighted_sums_of_row(block.logits(i, 0), call.weights_of_row(row), t.classes, t.labels[row], stats.max.v[i], t.soft,
+                         u);
+    weight[i] = u[0];
+    depth[i] = u[0] == S(0) ? u[1] : u[1] / u[0];
+  }
+  return {stats, load(static_cast<const S*>(weight)), load(static_cast<const S*>(depth))};
+}
+
 // Rows first .. first + n - 1, n <= block_rows.
 template <class Terms, bool kGrad, bool kCopies, class D, class S = Accumulator<D>>
 DRSL_FN void row_block(const Call<D>& call, int64_t first, int64_t n, S* scratch, LossSum<S>& sum) {
@@ -336,33 +374,16 @@ DRSL_FN void row_block(const Call<D>& call, int64_t first, int64_t n, S* scratch
   const int64_t chunks = (t.classes + kChunkElements - 1) / kChunkElements;
   S* const chunk_max = scratch;
   const Block<D, kCopies> block(call, first, n, scratch + chunks * kLanes);
-  const auto width_at = [&](int64_t at) { return t.classes - at < kChunkElements ? t.classes - at : kChunkElements; };
+  const RowSums<S> sums = sum_block<Terms, kGrad>(call, block, chunk_max);
+  const RowStats<Vec<S>>& stats = sums.stats;
 
-  RowStats<Vec<S>> stats = empty_stats<Vec<S>>();
-  for (int64_t at = 0; at < t.classes; at += kChunkElements) {
-    const ChunkTops<S> tops = take_chunks(call, block, at, width_at(at));
-    store(chunk_max + at / kChunkElements * kLanes, tops.max);
-    const RowStats<Vec<S>> part = sum_chunks<Terms, kGrad>(call, block, tops, at, width_at(at));
-    stats = at == 0 ? part : merge(stats, part);
-  }
-
-  S label_logit[kLanes] = {}, weight[kLanes] = {}, weighted_depth[kLanes] = {};
+  S label_logit[kLanes] = {};
   for (int i = 0; i < n; ++i) {
-    if (call.ignored(first + i)) continue;
-    const D* const z = call.logits + block.offsets[i];
-    label_logit[i] = load_one(z + t.labels[first + i]);
-    if constexpr (Terms::kWeightedMean) {
-      S u[2];
-      weighted_sums_of_row(z, call.weights_of_row(first + i), t.classes, t.labels[first + i], stats.max.v[i], t.soft,
-                           u);
-      weight[i] = u[0];
-      weighted_depth[i] = u[0] == S(0) ? u[1] : u[1] / u[0];
-    }
+    if (!call.ignored(first + i)) label_logit[i] = load_one(block.logits(i, t.labels[first + i]));
   }
-  const auto lanes = [](const S(&x)[kLanes]) { return load(static_cast<const S*>(x)); };
-  const BlockGrad<S> grads = finish_block<S>(call, first, n, block_labels<S>(call, first, n), stats, lanes(label_logit),
-                                             Terms::kWeightedMean ? lanes(weight) : stats.count,
-                                             Terms::kWeightedMean ? lanes(weighted_depth) : stats.depth, sum);
+  const BlockGrad<S> grads =
+      finish_block<S>(call, first, n, block_labels<S>(call, first, n), stats, load(static_cast<const S*>(label_logit)),
+                      sums.rest_weight, sums.rest_depth, sum);
   if constexpr (!kGrad) return;
 
   for (int i = 0; i < n; ++i) {
@@ -378,8 +399,8 @@ DRSL_FN void row_block(const Call<D>& call, int64_t first, int64_t n, S* scratch
       if (t.classes > kChunkElements) {
         fall = exp_(-drop(load(static_cast<const S*>(chunk_max) + at / kChunkElements * kLanes), stats.max)).v[i];
       }
-      write_gradient<Terms, true>(z + at, u ? u + at : u, grad + at, width_at(at), block.exps(i, at), S(0), grads, i,
-                                  fall, t.soft);
+      write_gradient<Terms, true>(z + at, u ? u + at : u, grad + at, chunk_width(t.classes, at), block.exps(i, at),
+                                  S(0), grads, i, fall, t.soft);
     }
     store_one(grad + t.labels[first + i], grads.label.v[i]);
   }
@@ -402,6 +423,65 @@ DRSL_FN void row_block_from_saved(const Call<D>& call, int64_t first, int64_t n)
     write_gradient<Terms, false>(call.logits + offsets[i], u, grad, t.classes, static_cast<const S*>(nullptr),
                                  saved.shift.v[i], saved.grad, i, S(1), t.soft);
     store_one(grad + t.labels[first + i], saved.grad.label.v[i]);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Rows whose other classes are elsewhere
+
+// The statistics of rows first .. first + n - 1, n <= block_rows, row by row.
+template <class Terms, class D, class S = Accumulator<D>>
+DRSL_FN void stats_block(const Call<D>& call, int64_t first, int64_t n, S* scratch, S* out) {
+  const Task& t = call.task;
+  const int64_t chunks = (t.classes + kChunkElements - 1) / kChunkElements;
+  const Block<D, sizeof(D) != sizeof(S)> block(call, first, n, scratch + chunks * Vec<S>::kLanes);
+  const RowSums<S> sums = sum_block<Terms, false>(call, block, scratch);
+  const RowStats<Vec<S>>& s = sums.stats;
+  const Vec<S> numbers[kRowStats] = {s.max,      s.sum_exp, s.sum_exp2,       s.depth,
+                                     s.variance, s.count,   sums.rest_weight, sums.rest_weight * sums.rest_depth};
+  for (int64_t i = 0; i < n; ++i) {
+    const bool ignored = call.ignored(first + i);
+    for (int j = 0; j < kRowStats; ++j) out[(first + i) * kRowStats + j] = ignored ? S(0) : numbers[j].v[i];
+  }
+}
+
+// Statistics of a part of the rest, of rows first .. first + n - 1.
+template <class S>
+DRSL_FN RowStats<Vec<S>> read_stats(const CallInfo<S>& call, int64_t first, int64_t n, int64_t part) {
+  const Task& t = call.task;
+  S numbers[kRowStats][Vec<S>::kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) {
+    const S* const row = static_cast<const S*>(t.stats) + ((first + i) * t.stats_parts + part) * kRowStats;
+    for (int j = 0; j < kRowStats; ++j) numbers[j][i] = row[j];
+  }
+  const auto lanes = [&](int j) { return load(static_cast<const S*>(numbers[j])); };
+  return {lanes(0), lanes(1), lanes(2), lanes(3), lanes(4), lanes(5)};
+}
+
+// Loss and gradient of rows first .. first + n - 1, n <= kLanes, from the statistics of whole rows.
+template <class Terms, bool kGrad, class D, class S = Accumulator<D>>
+DRSL_FN void row_block_from_stats(const Call<D>& call, int64_t first, int64_t n, LossSum<S>& sum) {
+  constexpr int kLanes = Vec<S>::kLanes;
+  const Task& t = call.task;
+  RowStats<Vec<S>> stats = read_stats<S>(call, first, n, 0);
+  for (int64_t part = 1; part < t.stats_parts; ++part) stats = merge(stats, read_stats<S>(call, first, n, part));
+  const Vec<S> label_logit = read_rows<S>(t.label_logits, first, n);
+  const BlockGrad<S> grads = finish_block<S>(call, first, n, block_labels<S>(call, first, n), stats, label_logit,
+                                             stats.count, stats.depth, sum);
+  if constexpr (!kGrad) return;
+  int64_t offsets[kLanes], grad_offsets[kLanes];
+  row_offsets(t.layout, first, n, offsets, grad_offsets);
+  for (int64_t i = 0; i < n; ++i) {
+    D* const grad = call.grad + grad_offsets[i];
+    if (call.ignored(first + i)) {
+      memset(static_cast<void*>(grad), 0, t.classes * sizeof(D));
+      continue;
+    }
+    const S shift = stats.max.v[i] == -infinity<S>() ? S(0) : stats.max.v[i];
+    write_gradient<Terms, false>(call.logits + offsets[i], static_cast<const S*>(nullptr), grad, t.classes,
+                                 static_cast<const S*>(nullptr), shift, grads, i, S(1), false);
+    const int64_t label = t.labels[first + i];
+    if (uint64_t(label) < uint64_t(t.classes)) store_one(grad + label, grads.label.v[i]);
   }
 }
 

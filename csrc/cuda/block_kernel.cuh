@@ -262,9 +262,10 @@ __global__ void __launch_bounds__(kBlockThreads, block_residents(sizeof(Accumula
     }
     if (threadIdx.x == 0) {
       const RowOffsets at = row_offsets(call.strides, row);
-      const S label_logit =
+      const S own_logit =
           y.number >= 0 ? transformed<Terms>(load_one(call.logits + at.logits + y.number * call.strides.logits_class))
                         : S(NAN);
+      const S label_logit = call.label_logits ? call.label_logits[row] : own_logit;
       shared_row = finish_row<Terms>(call, row, y, label_logit, rest, scale, slice == 0, loss_sum);
       if (call.stats && slice == 0) write_part(call.stats + row * kSavedStats, rest);
     }

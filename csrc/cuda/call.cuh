@@ -59,6 +59,7 @@ struct Call {
 
   const D* logits;
   const int64_t* labels;
+  const S* label_logits;  // null: among the logits
   const S *class_weights, *class_margins;
   S label_margin;  // m where class_margins is null
   S tau;
@@ -89,8 +90,8 @@ struct Call {
 
   DRSL_DEVICE RowLabel label(int64_t row) const {
     const int64_t y = labels[row];
-    const bool counts = y != ignore_index, wrong = counts && uint64_t(y) >= uint64_t(classes);
-    return {counts && !wrong ? int(y) : -1, counts, wrong};
+    const bool counts = y != ignore_index, here = uint64_t(y) < uint64_t(classes);
+    return {counts && here ? int(y) : -1, counts, counts && !here && !label_logits};
   }
 
   // The weights u_k of the classes of a row.

@@ -41,6 +41,12 @@ const Device& current_device() {
 
 bool saves_stats(const Task& task) { return task.classes > group_classes(accumulator_bytes(task.dtype)); }
 
+bool shares_rows(const Task& task) {
+  DeviceTask work{};
+  work.task = task;
+  return make_plan(work, current_device()).slices > 1;
+}
+
 int64_t scratch_bytes(const DeviceTask& task) { return make_plan(task, current_device()).scratch_bytes; }
 
 const char* run(const DeviceTask& task, void* stream_pointer) {

@@ -28,11 +28,15 @@ struct DeviceTask {
   // the first pass over the logits. Left alone where saves_stats() is false.
   void* stats;
   bool stats_known;
+  bool stats_alone;  // write `stats`, and nothing else
 
   void* scratch;  // scratch_bytes(...) bytes, aligned to 256
 };
 
-constexpr int64_t kSavedStats = 8;  // RowStats, U, and U times M - nu
+constexpr int64_t kSavedStats = kRowStats;
+
+// Whether several blocks write the gradient of one row, each after having read the label's logit.
+bool shares_rows(const Task& task);
 
 // Whether a run with saved statistics is cheaper than one without, for this many classes.
 bool saves_stats(const Task& task);

@@ -62,10 +62,12 @@ void plan_blocks(const DeviceTask& task, const Device& device, Plan& plan) {
   plan.threads = 128;  // so that no thread is left without a chunk of four packs
   while (plan.threads < kBlockThreads && plan.threads * 64 < row_bytes) plan.threads *= 2;
   const bool few_rows = t.rows * 2 <= device.multiprocessors;
-  if (few_rows) plan.slices = int(clamp(2 * device.multiprocessors / t.rows, 1, t.classes / kSliceClasses));
+  if (few_rows && !task.stats_alone)
+    plan.slices = int(clamp(2 * device.multiprocessors / t.rows, 1, t.classes / kSliceClasses));
   plan.slices = std::max(plan.slices, 1);
-  if (plan.slices > 1 && !task.stats_known) plan.part_blocks = int(t.rows) * plan.slices;
-  const bool sweeps_twice = t.grad && !task.stats_known && plan.slices == 1 && t.layout.logits_class_stride == 1;
+  const bool stats_known = task.stats_known || t.stats;
+  if (task.stats_alone || (plan.slices > 1 && !stats_known)) plan.part_blocks = int(t.rows) * plan.slices;
+  const bool sweeps_twice = t.grad && !stats_known && plan.slices == 1 && t.layout.logits_class_stride == 1;
   if (sweeps_twice)
     plan.shared_bytes = shared_for_row(row_bytes, block_residents(accumulator_bytes(t.dtype), has_moments(t)), device);
   plan.blocks = std::min(t.rows * (t.grad ? plan.slices : 1), kMaxBlocks);
@@ -78,7 +80,8 @@ Plan make_plan(const DeviceTask& task, const Device& device) {
   Plan plan{};
   plan.slices = 1;
   plan.shared_limit = std::max<int64_t>(device.shared_per_block - kOwnShared, 0);
-  if (t.classes <= group_classes(accumulator_bytes(t.dtype)) || t.rows == 0) plan_groups(t, device, plan);
+  const bool groups = t.classes <= group_classes(accumulator_bytes(t.dtype)) && !t.stats && !task.stats_alone;
+  if (groups || t.rows == 0) plan_groups(t, device, plan);
   else plan_blocks(task, device, plan);
 
   if (task.mean && !task.denominator_known && (t.rows > kOwnLabels || t.rows * plan.blocks > kOwnLabelReads)) {
@@ -87,7 +90,8 @@ Plan make_plan(const DeviceTask& task, const Device& device) {
   const auto aligned = [](int64_t bytes) { return ceil_div(bytes, 256) * 256; };
   plan.loss_sums_at = aligned(plan.weight_blocks * 8);
   plan.parts_at = plan.loss_sums_at + (plan.blocks > 1 ? aligned(plan.blocks * 8) : 0);
-  plan.scratch_bytes = plan.parts_at + plan.part_blocks * kSavedStats * int64_t(accumulator_bytes(t.dtype));
+  const int64_t parts = task.stats_alone ? 0 : plan.part_blocks;
+  plan.scratch_bytes = plan.parts_at + parts * kSavedStats * int64_t(accumulator_bytes(t.dtype));
   return plan;
 }
 

@@ -115,11 +115,17 @@ Call<D> make_call(const DeviceTask& task, const Plan& plan) {
   call.weight_sums = plan.weight_blocks ? reinterpret_cast<double*>(scratch) : nullptr;
   call.weight_sum_count = plan.weight_blocks;
   call.loss_sums = reinterpret_cast<double*>(scratch + plan.loss_sums_at);
-  call.parts = plan.part_blocks ? reinterpret_cast<S*>(scratch + plan.parts_at) : static_cast<S*>(task.stats);
-  call.parts_per_row = plan.part_blocks ? plan.slices : 1;
+  const bool own_parts = plan.part_blocks && !task.stats_alone;
+  call.parts = own_parts ? reinterpret_cast<S*>(scratch + plan.parts_at) : static_cast<S*>(task.stats);
+  call.parts_per_row = own_parts ? plan.slices : 1;
+  if (t.stats) {
+    call.parts = static_cast<S*>(const_cast<void*>(t.stats));
+    call.parts_per_row = int(t.stats_parts);
+  }
   call.slices = plan.slices;
   call.slice_classes = (call.classes + plan.slices - 1) / plan.slices;
-  call.stats = task.stats_known || t.grad ? nullptr : static_cast<S*>(task.stats);
+  call.stats = task.stats_known || task.stats_alone || t.grad ? nullptr : static_cast<S*>(task.stats);
+  call.label_logits = static_cast<const S*>(t.label_logits);
   call.cached_packs = int(plan.shared_bytes / kPackBytes);
   if (plan.shape >= 0) {
     const int elements = kGroupShapes[plan.shape].elements;
@@ -150,17 +156,19 @@ void launch_groups(const Call<D>& call, const Plan& plan, Launcher& launch) {
 }
 
 template <class Terms, class D>
-void launch_blocks(Call<D> call, const Plan& plan, bool stats_known, Launcher& launch) {
+void launch_blocks(Call<D> call, const Plan& plan, const DeviceTask& task, Launcher& launch) {
   if (plan.part_blocks) launch(part_kernel<D, Terms>, plan.part_blocks, plan.threads, 0, call);
+  if (task.stats_alone) return;
   if (!call.grad) call.slices = 1, call.slice_classes = call.classes;  // a row's loss needs one block only
-  if (plan.part_blocks || stats_known) launch(block_kernel<D, Terms, false>, plan.blocks, plan.threads, 0, call);
+  if (plan.part_blocks || task.stats_known || task.task.stats)
+    launch(block_kernel<D, Terms, false>, plan.blocks, plan.threads, 0, call);
   else launch(block_kernel<D, Terms, true>, plan.blocks, plan.threads, plan.shared_bytes, call);
 }
 
 template <class Terms, class D>
-void launch_terms(const Call<D>& call, const Plan& plan, bool stats_known, Launcher& launch) {
+void launch_terms(const Call<D>& call, const Plan& plan, const DeviceTask& task, Launcher& launch) {
   if (plan.shape >= 0) launch_groups<Terms>(call, plan, launch);
-  else launch_blocks<Terms>(call, plan, stats_known, launch);
+  else launch_blocks<Terms>(call, plan, task, launch);
 }
 
 template <class D>
@@ -171,19 +179,18 @@ const char* run_format(const DeviceTask& task, const Plan& plan, cudaStream_t st
   if (plan.weight_blocks) {
     launch(weight_kernel<D>, plan.weight_blocks, kWeightThreads, 0, call, static_cast<double*>(task.scratch));
   }
-  const bool known = task.stats_known;
   if (is_transformed(t) && has_weighted_mean(t)) {
-    launch_terms<TermSet<true, true, true, true>>(call, plan, known, launch);
+    launch_terms<TermSet<true, true, true, true>>(call, plan, task, launch);
   } else if (is_transformed(t)) {
-    launch_terms<TermSet<true, true, false, true>>(call, plan, known, launch);
+    launch_terms<TermSet<true, true, false, true>>(call, plan, task, launch);
   } else if (has_weighted_mean(t)) {
-    launch_terms<TermSet<true, true, true>>(call, plan, known, launch);
+    launch_terms<TermSet<true, true, true>>(call, plan, task, launch);
   } else if (has_moments(t)) {
-    launch_terms<TermSet<true, true, false>>(call, plan, known, launch);
+    launch_terms<TermSet<true, true, false>>(call, plan, task, launch);
   } else if (needs_squares(t.distance)) {
-    launch_terms<TermSet<true, false, false>>(call, plan, known, launch);
+    launch_terms<TermSet<true, false, false>>(call, plan, task, launch);
   } else {
-    launch_terms<TermSet<false, false, false>>(call, plan, known, launch);
+    launch_terms<TermSet<false, false, false>>(call, plan, task, launch);
   }
   if (call.reduced_loss && plan.blocks > 1) launch(finish_kernel<D>, 1, kFinishThreads, 0, call, plan.blocks);
   return launch.error();

@@ -26,6 +26,7 @@ from .._version import __version__
 from ..checks import inside_function_transform, watches_operators
 from ..spec import BACKENDS, LossSpec, LossStats, check_backend_name
 from . import cpp
+from .pieces import REFERENCE, Pieces
 
 # (logits, y, tau, weight, spec, return_stats, margins)
 Backend: TypeAlias = Callable[
@@ -89,6 +90,13 @@ def choose(logits: Tensor, name: str | None) -> Backend:
     return _best(logits.device.type)
 
 
+def choose_pieces(logits: Tensor, name: str | None) -> Pieces:
+    """Those of the backend that `choose` chooses."""
+    chosen = choose(logits, name)
+    names = (name for name in BACKENDS if name != "reference" and _usable(name))
+    return next((_load_pieces(name) for name in names if _load(name) is chosen), REFERENCE)
+
+
 @cache
 def _best(device: str) -> Backend:
     """Decided once per kind of device, with one warning where no backend has it."""
@@ -148,6 +156,15 @@ def _load(name: str) -> Backend:
         return cpp.backend(import_module("drsl_kernels._C").softmax_loss)
     triton: Backend = import_module(".triton", __name__).softmax_loss
     return triton
+
+
+@cache
+def _load_pieces(name: str) -> Pieces:
+    if name in ("cpp", "cuda"):
+        import_module("drsl_kernels._C")
+        return cpp.pieces(torch.ops.drsl_kernels)
+    pieces: Pieces = import_module(".triton.pieces", __name__).PIECES
+    return pieces
 
 
 def _devices(name: str) -> tuple[str, ...]:

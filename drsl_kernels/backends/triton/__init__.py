@@ -20,7 +20,8 @@ from torch import Tensor
 from ... import reference
 from ...checks import check_tensors, class_dim, watches_operators
 from ...spec import LossSpec, LossStats
-from .launch import MAX_CLASSES, SAVED, Task, is_laid_out, run, saved_slices
+from .launch import MAX_CLASSES, SAVED, Task, run, saved_slices
+from .layouts import is_laid_out
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 VERSION: str = triton.__version__
@@ -56,7 +57,7 @@ def softmax_loss(
     if tau_tensor is not None and spec.distance is None:
         tau_tensor = None
 
-    with _on_device(logits):
+    with on_device(logits):
         if torch.is_grad_enabled() and (logits.requires_grad or (tau_tensor is not None and tau_tensor.requires_grad)):
             loss, reports = _SoftmaxLoss.apply(  # type: ignore[no-untyped-call]
                 logits, tau_tensor, labels, weight, margins, tau_value, spec, return_stats
@@ -92,7 +93,7 @@ def _plainly_right(logits: Tensor, y: Tensor, tau: Tensor | float, weight: Tenso
     )
 
 
-def _on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
@@ -201,7 +202,7 @@ class _SoftmaxLoss(torch.autograd.Function):
             return *_differentiable(ctx, logits, tau, labels, weight, margins, upstream), *nothing
         upstream = _single_or_rows(upstream.resolve_neg())
         logits_grad = tau_grad = None
-        with _on_device(logits):
+        with on_device(logits):
             if ctx.needs_input_grad[0]:
                 logits_grad = _logits_gradient(ctx, logits, tau, labels, weight, margins, upstream)
             if ctx.needs_input_grad[1]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from math import gcd, inf, log
+from math import inf, log
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from ...checks import class_dim
 from ...spec import LossSpec
 from .few_classes import rows_kernel
+from .layouts import rows_of, unified, width
 from .many_classes import gradient_kernel, row_kernel, stats_kernel
 from .row_loss import needs_moments
 from .steps import label_weights_kernel, sum_kernel
@@ -159,76 +160,6 @@ def processor_count(device: torch.device) -> int:
 
 
 @dataclass
-class Rows:
-    """Where rows and classes of a matrix lie, in elements: see `row_start` in steps.py."""
-
-    inner: int
-    outer_stride: int
-    inner_stride: int
-    class_stride: int
-
-    @property
-    def flat(self) -> bool:
-        return self.inner == 1
-
-
-def rows_of(tensor: Tensor) -> Rows | None:
-    """The layout of a tensor of shape (C,), (N, C) or (N, C, d1, ...); None where it needs more than two strides."""
-    at = class_dim(tensor)
-    sizes: list[int] = []
-    strides: list[int] = []
-    for d, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
-        if d == at or size == 1:
-            continue
-        if sizes and strides[-1] == stride * size:
-            sizes[-1] *= size
-            strides[-1] = stride
-        else:
-            sizes.append(size)
-            strides.append(stride)
-    if len(sizes) > 2:
-        return None
-    class_stride = tensor.stride(at) if tensor.shape[at] > 1 else 1
-    if len(sizes) < 2:
-        return Rows(1, strides[0] if strides else 0, 0, class_stride)
-    return Rows(sizes[1], strides[0], strides[1], class_stride)
-
-
-def unified(x: Rows, y: Rows) -> tuple[Rows, Rows] | None:
-    """The two layouts with the same `inner`; None where they step unevenly in different places."""
-    if x.inner != y.inner and not x.flat and not y.flat:
-        return None
-    if x.inner == y.inner:
-        return x, y
-    if x.flat:
-        x = Rows(y.inner, x.outer_stride * y.inner, x.outer_stride, x.class_stride)
-    else:
-        y = Rows(x.inner, y.outer_stride * x.inner, y.outer_stride, y.class_stride)
-    return x, y
-
-
-def is_laid_out(logits: Tensor) -> bool:
-    """Whether the kernels can address these logits, and a gradient like them."""
-    layout = rows_of(logits)
-    if layout is None or logits.dim() <= 2:
-        return layout is not None
-    grad_layout = rows_of(torch.empty_like(logits, device="meta"))
-    return grad_layout is not None and unified(layout, grad_layout) is not None
-
-
-def width(tensors: tuple[Tensor, ...], layouts: tuple[Rows, ...], classes: int) -> int:
-    """How many adjacent classes may be read and written as one word of at most 16 bytes; 0 where none are adjacent."""
-    if any(layout.class_stride != 1 for layout in layouts):
-        return 0
-    itemsize = tensors[0].element_size()
-    common = gcd(16 // itemsize, classes)
-    for tensor, layout in zip(tensors, layouts, strict=True):
-        common = gcd(common, layout.outer_stride, layout.inner_stride if not layout.flat else 0)
-        common = gcd(common, tensor.data_ptr() // itemsize)
-    return common
-
-
-@dataclass
 class Task:
     """One run: what is read, what is wanted. `acc` below is float64 for float64 logits, else float32.
 
@@ -241,6 +172,8 @@ class Task:
         denominator: float64, one value: what the mean divides by. Written, or read where `denominator_known`.
         saved: acc (rows, slices, SAVED): statistics, written; or read where `saved_known`.
         margins: acc, contiguous, (classes,): the classes' own margins; None for that of `spec`.
+        label_logits: acc (rows,), contiguous: of the labels, which may then lie elsewhere; `grad` may be `logits`.
+            None: among the logits.
         skip_unit_upstream: do nothing where the upstream gradient is 1, for then `grad` is right already.
         loss, row_losses, reports, tau_grad: outputs, see the kernels.
     """
@@ -260,6 +193,7 @@ class Task:
     saved_known: bool = False
     skip_unit_upstream: bool = False
     margins: Tensor | None = None
+    label_logits: Tensor | None = None
     loss: Tensor | None = None
     row_losses: Tensor | None = None
     reports: Tensor | None = None
@@ -308,7 +242,9 @@ def run(task: Task) -> None:
     matrices = (logits,) if grad is None else (logits, grad)
     itemsize = logits.element_size()
     words = width(matrices, (layout, grad_layout)[: len(matrices)], classes)
-    shape = few_classes_shape(classes, rows, itemsize, words, task.moments, task.weighted)
+    shape = None
+    if task.label_logits is None:
+        shape = few_classes_shape(classes, rows, itemsize, words, task.moments, task.weighted)
     slices = 1
     if shape is None:
         slices = slice_count(rows, classes, processor_count(logits.device))
@@ -409,6 +345,44 @@ def _denominator_parts(task: Task, rows: int, classes: int, programs: int) -> tu
     return task.denominator, 1, FROM_PARTS
 
 
+def run_stats(task: Task) -> None:
+    """Put statistics of all classes of each row into `saved`, acc (rows, 1, SAVED), and nothing else."""
+    logits, spec = task.logits, task.spec
+    rows, classes = logits.shape
+    layout = rows_of(logits)
+    assert layout is not None
+    words = width((logits,), (layout,), classes)
+    tile = tile_shape(logits.element_size(), words, task.moments, False, rows_at_work(logits, classes) == 1)
+    stats_kernel[(rows, 1)](
+        logits,
+        task.labels,
+        None,
+        None,
+        task.saved,
+        rows=rows,
+        classes=classes,
+        ignore_index=spec.ignore_index,
+        inner=layout.inner,
+        outer_stride=layout.outer_stride,
+        inner_stride=layout.inner_stride,
+        class_stride=layout.class_stride,
+        slices=1,
+        slice_size=classes,
+        DISTANCE=task.distance_code,
+        SMOOTH=spec.label_smoothing > 0,
+        SOFT=False,
+        ACTIVATION=spec.activation_code,
+        SKIP=False,
+        FLAT=layout.flat,
+        WIDTH=words,
+        ACC=tl.float64 if logits.element_size() == 8 else tl.float32,
+        PARTS=tile.parts,
+        LANES=tile.lanes,
+        WORD=tile.word,
+        **options(tile.warps, tile.registers),
+    )
+
+
 STATS_ARGUMENTS = (
     *("logits", "labels", "class_weights", "upstream", "rows", "classes", "ignore_index"),
     *("inner", "outer_stride", "inner_stride", "class_stride"),
@@ -428,7 +402,7 @@ def _run_long_rows(task: Task, arguments: dict[str, Any], rows: int, classes: in
         most = processor_count(logits.device) * at_work
         # Where many would have nothing to do in the last turn, all rows are at work together.
         programs = most if rows >= 0.9 * triton.cdiv(rows, most) * most else rows
-        row_kernel[(programs,)](**arguments, saved=saved, **common)
+        row_kernel[(programs,)](**arguments, label_logits=task.label_logits, saved=saved, **common)
         return
     if not task.saved_known:
         if saved is None:
@@ -443,6 +417,7 @@ def _run_long_rows(task: Task, arguments: dict[str, Any], rows: int, classes: in
     size = triton.cdiv(triton.cdiv(classes, cuts), 1024) * 1024
     gradient_kernel[(rows, cuts)](
         **arguments,
+        label_logits=task.label_logits,
         saved=saved,
         slices=slices,
         slice_size=size,

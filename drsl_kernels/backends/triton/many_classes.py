@@ -216,9 +216,14 @@ def saved_stats(saved, row, slices, SLICES_BLOCK: tl.constexpr):
 
 
 @triton.jit
-def label_logit_of(row_logits, label, valid, class_stride, ACTIVATION: tl.constexpr, ACC: tl.constexpr):
+def label_logit_of(
+    row_logits, label_logits, row, label, valid, class_stride, ACTIVATION: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
     """z_y, transformed; NaN for a label that is no class, 0 for an ignored row."""
-    logit = tl.load(row_logits + label * class_stride, mask=label >= 0, other=float("nan")).to(ACC)
+    if label_logits is None:
+        logit = tl.load(row_logits + label * class_stride, mask=label >= 0, other=float("nan")).to(ACC)
+    else:
+        logit = tl.load(label_logits + row)
     return transformed(tl.where(valid, logit, 0.0), ACTIVATION)
 
 
@@ -226,6 +231,7 @@ def label_logit_of(row_logits, label, valid, class_stride, ACTIVATION: tl.conste
 def row_kernel(
     logits,
     labels,  # int64 (rows,)
+    label_logits,  # ACC (rows,), or None: among the logits
     class_weights,  # ACC (classes,) or None; with SOFT (rows, classes)
     class_margins,  # ACC (classes,) or None: margin
     tau,  # ACC, tau of row i at i * tau_step, or None: tau_value
@@ -295,7 +301,7 @@ def row_kernel(
         )  # fmt: skip
         if saved is not None:
             save_stats(saved, row, stats)
-        label_logit = label_logit_of(row_logits, label, valid, class_stride, ACTIVATION, ACC)
+        label_logit = label_logit_of(row_logits, label_logits, row, label, valid, class_stride, ACTIVATION, ACC)
         loss, gradient = finished_rows(
             stats, label_logit, row, valid, y, tau, tau_value, tau_step, class_weights, class_margins, classes,
             ignore_index, q, most, scale, margin, smoothing, row_losses, reports, tau_grad, rows, row >= 0,
@@ -368,6 +374,7 @@ def stats_kernel(
 def gradient_kernel(
     logits,
     labels,  # int64 (rows,)
+    label_logits,  # ACC (rows,), or None: among the logits
     class_weights,  # ACC (classes,) or None; with SOFT (rows, classes)
     class_margins,  # ACC (classes,) or None: margin
     tau,  # ACC, tau of row i at i * tau_step, or None: tau_value
@@ -431,7 +438,7 @@ def gradient_kernel(
     y, valid, label = label_of(labels, row, classes, ignore_index)
     row_logits = logits + row_start(row, inner, outer_stride, inner_stride, FLAT)
     stats = merge_all(saved_stats(saved, row, slices, SLICES_BLOCK), SQUARES, MOMENTS, WEIGHTED)
-    label_logit = label_logit_of(row_logits, label, valid, class_stride, ACTIVATION, ACC)
+    label_logit = label_logit_of(row_logits, label_logits, row, label, valid, class_stride, ACTIVATION, ACC)
     divisor = mean_denominator(labels, class_weights, parts, num_parts, rows, classes, ignore_index, MEAN, SOFT)
     loss, gradient = finished_rows(
         stats, label_logit, row, valid, y, tau, tau_value, tau_step, class_weights, class_margins, classes,

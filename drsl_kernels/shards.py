@@ -1,0 +1,145 @@
+"""Rows whose classes are spread over the processes of a group: what the processes tell each other about them.
+
+Eight numbers per row, which merge as those of a row's parts do anywhere else, and the label's logit go to every process
+in one gather. Relies on `backends`; `parallel` and `linear_chunks` rely on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .backends import choose_pieces
+from .backends.pieces import Losses, Pieces, Shard
+from .spec import LossSpec, integer
+
+if TYPE_CHECKING:  # a build without processes lacks it
+    from torch.distributed import ProcessGroup
+
+__all__ = ["ClassShard", "Gathered", "class_shard", "shard_pieces"]
+
+_STATS: Final = 8  # numbers per row, see `Pieces.row_stats`
+
+
+@dataclass(frozen=True)
+class ClassShard:
+    """Where the classes of this process begin among those of all processes of `group`."""
+
+    group: ProcessGroup
+    first: int
+
+    def gather(self, pieces: Pieces, logits: Tensor, y: Tensor, spec: LossSpec) -> Gathered:
+        """Statistics of logits (N, C) of this process, and of everybody else's; y has labels among all classes.
+
+        Raises:
+            ValueError, IndexError: on the CPU, the processes' classes do not follow one another, or a label is none of
+                them. Elsewhere the losses are NaN then.
+        """
+        assert pieces.row_stats is not None
+        local = self._local(y, logits.shape[1], spec.ignore_index)
+        stats = pieces.row_stats(logits, local, spec)
+        is_here = (local >= 0) & (local < logits.shape[1]) & (local != spec.ignore_index)
+        at = local.masked_fill(~is_here, 0).unsqueeze(1)
+        label_logits = logits.gather(1, at).squeeze(1).to(stats.dtype).masked_fill(~is_here, 0.0)
+        packed = stats.new_zeros(len(y) + 1, _STATS + 1)
+        packed[:-1, :_STATS], packed[:-1, _STATS] = stats, label_logits
+        packed[-1, 0], packed[-1, 1] = self.first, logits.shape[1]
+        parts = dist.get_world_size(self.group)
+        everywhere = packed.new_empty(parts * packed.shape[0], packed.shape[1])
+        # Its name from torch 2.13 on, and before.
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        all_gather(everywhere, packed, group=self.group)
+        everywhere = everywhere.reshape(parts, *packed.shape)
+        label_logits = everywhere[:, :-1, _STATS].sum(0)
+        unknown = self._unknown(everywhere[:, -1, :2], y, spec)
+        all_stats = everywhere[:, :-1, :_STATS].transpose(0, 1).contiguous()
+        return Gathered(local, Shard(label_logits.masked_fill(unknown, torch.nan), all_stats))
+
+    def _local(self, y: Tensor, classes: int, ignore_index: int) -> Tensor:
+        """Labels among the classes of this process; those of others are a number that is no class and not ignored."""
+        elsewhere = -1 if ignore_index != -1 else -2
+        local = y.to(torch.int64) - self.first
+        local = local.masked_fill((local < 0) | (local >= classes), elsewhere)
+        return local.masked_fill(y == ignore_index, ignore_index)
+
+    def _unknown(self, ranges: Tensor, y: Tensor, spec: LossSpec) -> Tensor:
+        """Rows whose label is no class of any process; all of them where the processes' classes have gaps."""
+        first, count = ranges.unbind(1)
+        ends = count.cumsum(0)
+        gaps = ~((ends - count) == first).all()
+        outside = (y != spec.ignore_index) & ((y < 0) | (y >= ends[-1]))
+        if y.device.type == "cpu":
+            if gaps:
+                held = ", ".join(f"[{int(a)}, {int(a + c)})" for a, c in ranges.tolist())
+                raise ValueError(f"first_class must make the classes of the processes follow one another, got {held}")
+            if outside.any():
+                row = int(outside.to(torch.int8).argmax())
+                raise IndexError(f"y holds label {int(y[row])} at row {row}, outside [0, C) = [0, {int(ends[-1])})")
+        return outside | gaps
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What this process knows of rows after a gather."""
+
+    local: Tensor
+    shard: Shard
+
+    def losses(
+        self,
+        pieces: Pieces,
+        logits: Tensor,
+        tau: Tensor | float,
+        spec: LossSpec,
+        *,
+        upstream: Tensor | None,
+        with_tau: bool,
+        with_reports: bool,
+    ) -> Losses:
+        """As `OverLogits`, of the rows; their gradient by the classes of this process."""
+        return pieces.over_logits(
+            logits,
+            self.local,
+            tau,
+            None,
+            None,
+            spec,
+            upstream=upstream,
+            with_tau=with_tau,
+            with_reports=with_reports,
+            shard=self.shard,
+        )
+
+
+def class_shard(group: ProcessGroup | None, first_class: int | None, classes: int) -> ClassShard:
+    """The shard of a process that has so many classes.
+
+    Raises:
+        RuntimeError: there is no process group, or this process is not in it.
+        ValueError: first_class is negative.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError("classes are spread over processes: call torch.distributed.init_process_group() first")
+    chosen = group if group is not None else dist.group.WORLD
+    rank = dist.get_rank(chosen)
+    if rank < 0 or chosen is None:
+        raise RuntimeError("group must be one that this process is a member of")
+    if first_class is None:
+        return ClassShard(chosen, rank * classes)
+    if integer("first_class", first_class) < 0:
+        raise ValueError(f"first_class must be 0 or more, got {first_class!r}")
+    return ClassShard(chosen, first_class)
+
+
+def shard_pieces(logits: Tensor, backend: str | None) -> Pieces:
+    pieces = choose_pieces(logits, backend)
+    if pieces.row_stats is None:
+        raise RuntimeError(
+            "classes that are spread over processes need a compiled backend, and none is usable for logits on "
+            f"{logits.device}: see drsl_kernels.info()"
+        )
+    return pieces
