@@ -24,7 +24,7 @@ from .spec import LossStats, spec_of_codes
 
 __all__ = ["linear_loss", "through_logits"]
 
-# float16 is short of range: its gradients are kept so much larger until the upstream gradient is known.
+# float16 is short of range: gradients are kept so much larger, for a row's loss, until the upstream gradient is known.
 _HALF_SCALE: Final = 64.0
 
 
@@ -89,7 +89,7 @@ def _names(shard: ClassShard | None) -> tuple[str, int]:
 def _shard(group: str, first_class: int) -> ClassShard | None:
     if not group:
         return None
-    return ClassShard(dist.distributed_c10d._resolve_process_group(group), first_class)  # type: ignore[arg-type]
+    return ClassShard(dist.distributed_c10d._resolve_process_group(group), first_class)  # type: ignore[arg-type, attr-defined]
 
 
 def _as_stats(reports: Tensor) -> LossStats:
@@ -134,7 +134,7 @@ def _linear_loss(
     """The loss, reports (3, N), and what the backward pass needs: gradients to hidden, weight, bias and per-row tau.
 
     Of no element where something is not wanted. Gradients are in the accumulator's type but for that of hidden, and of
-    float16 times `_HALF_SCALE` and what the mean divides by.
+    float16 times `_range`.
     """
     spec = spec_of_codes(
         truth, q, distance, scale, margin, ignore_index, reduction, label_smoothing, soft, threshold, activation
@@ -187,8 +187,13 @@ def _reduced(rows: Tensor, target: Target) -> Tensor:
 def _first_upstream(layer: Layer, share: Tensor) -> Tensor:
     """What the gradient of each row is multiplied by while it is computed."""
     if layer.hidden.dtype == torch.float16:
-        return torch.full_like(share, layer.logit_scale * _HALF_SCALE)
+        share = share * _range(share)
     return share * layer.logit_scale
+
+
+def _range(share: Tensor) -> Tensor:
+    """What makes a float16 gradient large: a power of two, so that nothing is rounded when it is taken back."""
+    return _HALF_SCALE * torch.where(share == 0.0, 1.0, torch.exp2(-torch.floor(torch.log2(share))))
 
 
 @_linear_loss.register_fake
@@ -253,7 +258,7 @@ def _scaled_gradients(
     """Those of the forward pass times upstream; they are handed over where nobody asks for them again."""
     factor = upstream
     if layer.hidden.dtype == torch.float16:
-        factor = upstream * _share(target, upstream.dtype) / _HALF_SCALE
+        factor = upstream / _range(_share(target, upstream.dtype))
     keep = watches_operators() or torch._C._autograd._get_current_graph_task_keep_graph()
     dtypes = (layer.hidden.dtype, layer.weight.dtype, layer.weight.dtype)
     found: list[Tensor | None] = [

@@ -186,9 +186,11 @@ def cuda_on_host(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         pytest.skip(f"{ON_HOST} is not there: `make cpp-test` builds it")
     torch.ops.load_library(ON_HOST)
     usable, load, devices = backends._usable, backends._load, backends._devices
+    load_pieces, pieces = backends._load_pieces, cpp.pieces(torch.ops.drsl_kernels_on_host)
     on_host = cpp.backend(on_host_function)
     monkeypatch.setattr(backends, "_usable", lambda name: name == "cuda" or usable(name))
     monkeypatch.setattr(backends, "_load", lambda name: on_host if name == "cuda" else load(name))
+    monkeypatch.setattr(backends, "_load_pieces", lambda name: pieces if name == "cuda" else load_pieces(name))
     monkeypatch.setattr(backends, "_devices", lambda name: ("cpu",) if name == "cuda" else devices(name))
     return on_host
 
