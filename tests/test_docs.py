@@ -102,7 +102,7 @@ COMMANDS = {
     "drsl train --loss ce --out runs/ce": "`test_lab_resume.py::test_the_command_killed`",
     "drsl attack runs/drsl/best.pt --attacks pgd,pgd:margin,transfer --transfer-from runs/ce/best.pt --eps 0.1 "
     "--out runs/attacked": "`test_lab_attack_command.py::test_files`",
-    "drsl train --absum 0.1 --out runs/absum": "`test_lab_fourier.py::test_the_commands_of_the_documentation`",
+    "drsl train --absum 0.1 --out runs/absum": "`test_lab_fourier_commands.py::test_the_commands_of_the_documentation`",
     "drsl attack runs/absum/best.pt --attacks fourier --eps 0.1 --out runs/waves": "the same",
 }
 # Commands of these pages need minutes to hours, and some of them images that are not bundled; what runs such options is
