@@ -107,8 +107,8 @@ COMMANDS = {
 }
 # Commands of these pages need minutes to hours, and some of them images that are not bundled; what runs such options is
 EVIDENCE = (
-    "`test_lab_compare.py::test_every_loss_every_kind_of_attack_and_label_noise` and "
-    "`test_bottleneck.py::test_the_script`"
+    "`test_lab_compare.py::test_every_loss_every_kind_of_attack_and_label_noise`, "
+    "`test_lab_fourier_commands.py::test_the_commands_of_the_documentation` and `test_bottleneck.py::test_the_script`"
 )
 
 
