@@ -1,8 +1,8 @@
 """Fill the tables of README.md and docs/ from the committed results: `python benchmarks/readme.py`.
 
-With `--check` it compares only. A table stands between `<!-- NAME -->` and `<!-- end NAME -->`. Relies on
-benchmarks/results/ and docs/evidence/; a test runs --check, so a number in a table cannot differ from the result that
-it comes from."""
+With `--check` it compares only. A table stands between `<!-- NAME -->` and `<!-- end NAME -->`. Relies on `targets`,
+`evidence_tables`, benchmarks/results/ and docs/evidence/; a test runs --check, so a number in a table cannot differ
+from the result that it comes from."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+from evidence_tables import comparison_table, detection_table, noise_table, regularizer_table
+from evidence_tables import percent as _percent
+from evidence_tables import table_row as _row
 from targets import Target, targets
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-EVIDENCE = ROOT / "docs" / "evidence" / "fashion_mnist"
+EVIDENCE = ROOT / "docs" / "evidence"
 
 
 @click.command()
@@ -26,17 +29,46 @@ def main(check: bool) -> None:
     """Write the tables of README.md and docs/ from the committed results."""
     readme = {"demo": demo_table(), "ratios": ratio_table(), "targets": target_table(), "loop": loop_table()}
     speed = {"kernels": kernel_table(), "prediction": prediction_table()}
-    evidence = {folder.name: evidence_table(folder) for folder in sorted(EVIDENCE.iterdir())}
     bottleneck = {"bottleneck": bottleneck_table(), "ranks": rank_table()}
-    pages = {"README.md": readme, "docs/speed.md": speed, "docs/evidence/fashion_mnist.md": evidence}
-    pages["docs/evidence/softmax_bottleneck.md"] = bottleneck
-    for name, tables in pages.items():
+    pages = {"README.md": readme, "docs/speed.md": speed, "docs/evidence/softmax_bottleneck.md": bottleneck}
+    for name, tables in (pages | evidence_pages()).items():
         path = ROOT / name
         old = path.read_text()
         new = filled(old, name, tables)
         if check and new != old:
             sys.exit(f"{name} differs from the results: run python benchmarks/readme.py")
         path.write_text(new)
+
+
+def evidence_pages() -> dict[str, dict[str, str]]:
+    """The tables of the pages that have a folder of results beside them."""
+    standard = {folder.name: comparison_table(folder) for folder in _folders("fashion_mnist")}
+    penalties = {folder.name: regularizer_table(folder) for folder in _folders("absum")}
+    mixture = _folders("gaussian_mixture")
+    found = {"detection": detection_table(mixture), "accuracy": comparison_table(mixture[0])}
+    return {
+        "docs/evidence/fashion_mnist.md": standard,
+        "docs/evidence/absum.md": penalties,
+        "docs/evidence/gaussian_mixture_detection.md": found,
+        "docs/evidence/label_noise.md": noise_tables(),
+    }
+
+
+def noise_tables() -> dict[str, str]:
+    """Accuracy of the best epoch, of the last, and under attack, for the folders DATASET-SHARE of each data set."""
+    by_dataset: dict[str, list[Path]] = {}
+    for folder in _folders("label_noise"):
+        by_dataset.setdefault(folder.name.partition("-")[0], []).append(folder)
+    tables = {"tau": comparison_table(by_dataset.pop("tau")[0])}
+    for dataset, folders in by_dataset.items():
+        tables[f"{dataset}_clean"] = noise_table(folders, lambda run: run["clean_accuracy"])
+        tables[f"{dataset}_last"] = noise_table(folders, lambda run: run["epochs"][-1]["validation_accuracy"])
+        tables[f"{dataset}_robust"] = noise_table(folders, lambda run: run["robust_accuracy"][0]["accuracy"])
+    return tables
+
+
+def _folders(page: str) -> list[Path]:
+    return sorted(path for path in (EVIDENCE / page).iterdir() if path.is_dir())
 
 
 def filled(text: str, where: str, tables: dict[str, str]) -> str:
@@ -61,22 +93,6 @@ def demo_table() -> str:
     lines.append(_row(["seconds per epoch", *[f"{c['seconds_per_epoch']:.4f}" for c in columns]]))
     lines.append(_row(["ratio to `F.cross_entropy`", *[f"{c['ratio_to_cross_entropy']:.2f}" for c in columns]]))
     return "\n".join(lines) + "\n"
-
-
-def evidence_table(folder: Path) -> str:
-    """Clean and robust accuracy of one comparison, a line for each loss."""
-    result = json.loads((folder / "results.json").read_text())
-    radii = [entry["eps"] for entry in result["summary"][0]["robust_accuracy"]]
-    heads = ["trained with", "clean", *(f"eps {eps:g}" for eps in radii), "masking checks that warn"]
-    lines = [_row(heads), _row(["---", *["---:"] * (len(radii) + 1), "---"])]
-    for c in result["summary"]:
-        name = f"{c['loss']} tau={c['tau']:g}" if c["tau"] else c["loss"]
-        found = [check for check in result["checks"] if (check["loss"], check["tau"]) == (c["loss"], c["tau"])]
-        warned = [f"{check['name']} ({check['warns']})" for check in found if check["warns"]]
-        told = ", ".join(warned) or ("none" if found else "not made")
-        lines.append(_row([name, _percent(c["clean_accuracy"]), *map(_percent, c["robust_accuracy"]), told]))
-    notes = [result["meaning"][key] for key in ("training", "accuracy", "robust")]
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
 
 
 def bottleneck_table() -> str:
@@ -199,18 +215,9 @@ def _medians(row: dict[str, Any]) -> dict[str, float]:
     return {name: timing["median"] for name, timing in row["seconds"].items()}
 
 
-def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
 def _gap(nats: float) -> str:
     """Below a hundred-thousandth it is up to the end of a training."""
     return f"{nats:.6f}" if nats >= 1e-5 else "below 1e-5"
-
-
-def _percent(value: dict[str, float | None]) -> str:
-    mean = f"{100 * value['mean']:.1f}"
-    return mean if value["std"] is None else f"{mean} ± {100 * value['std']:.1f}"
 
 
 if __name__ == "__main__":

@@ -6,12 +6,17 @@ Relies on `spec`; the backends and the public functions rely on it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .spec import LOGITS_DTYPES, LossSpec, number
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def check_tensors(
@@ -231,7 +236,17 @@ def _is_concrete(tensor: Tensor) -> bool:
     return not (watches_operators() or tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def constant_when_compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Let `torch.compile` call a function while it traces, and keep the result.
+
+    `torch.compiler.assume_constant_result` sets the same attribute, but imports the compiler first, and with it more
+    than torch itself is: to import this package would take twice as long.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_when_compiled
 def inside_function_transform() -> bool:
     """True inside `torch.func`; decided while `torch.compile` traces."""
     return torch._C._are_functorch_transforms_active()

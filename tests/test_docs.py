@@ -6,6 +6,7 @@ What the pages' Python does is the matter of test_clients.py. Relies on code_blo
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 import subprocess
@@ -101,13 +102,13 @@ COMMANDS = {
     "drsl train --loss ce --out runs/ce": "`test_lab_resume.py::test_the_command_killed`",
     "drsl attack runs/drsl/best.pt --attacks pgd,pgd:margin,transfer --transfer-from runs/ce/best.pt --eps 0.1 "
     "--out runs/attacked": "`test_lab_attack_command.py::test_files`",
-    "drsl train --absum 0.1 --out runs/absum": "`test_lab_fourier.py::test_the_commands_of_the_documentation`",
+    "drsl train --absum 0.1 --out runs/absum": "`test_lab_fourier_commands.py::test_the_commands_of_the_documentation`",
     "drsl attack runs/absum/best.pt --attacks fourier --eps 0.1 --out runs/waves": "the same",
 }
 # Commands of these pages need minutes to hours, and some of them images that are not bundled; what runs such options is
 EVIDENCE = (
-    "`test_lab_compare.py::test_every_loss_every_kind_of_attack_and_label_noise` and "
-    "`test_bottleneck.py::test_the_script`"
+    "`test_lab_compare.py::test_every_loss_every_kind_of_attack_and_label_noise`, "
+    "`test_lab_fourier_commands.py::test_the_commands_of_the_documentation` and `test_bottleneck.py::test_the_script`"
 )
 
 
@@ -117,7 +118,17 @@ def commands_of(page: Path) -> list[str]:
     return [re.sub(r"\s+#.*", "", line).strip() for line in text.splitlines()]
 
 
+# One process for all of them: most of what so short a command takes is the start.
+ONE_AFTER_ANOTHER = """
+import json, sys
+from drsl_kernels.robustness.commands import drsl
+for options in json.load(sys.stdin):
+    drsl(options, prog_name="drsl", standalone_mode=False)
+"""
+
+
 def test_every_command_is_run_by_a_test(tmp_path: Path) -> None:
+    small = []
     commands = {command for page in PAGES if page.parent.name != "evidence" for command in commands_of(page)}
     assert COMMANDS.keys() <= commands
     for command in sorted(commands):
@@ -128,11 +139,11 @@ def test_every_command_is_run_by_a_test(tmp_path: Path) -> None:
             continue
         program, *options = shlex.split(command)
         assert Path(program).name == "drsl", f"{command} is run by no test"
-        drsl = [sys.executable, "-m", "drsl_kernels.robustness"]
-        done = subprocess.run(
-            [*drsl, *options, *SMALL, "--out", str(tmp_path / "out")], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
+        small.append([*options, *SMALL, "--out", str(tmp_path / "out")])
+    assert small
+    command = [sys.executable, "-c", ONE_AFTER_ANOTHER]
+    done = subprocess.run(command, input=json.dumps(small), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_tests_of_commands_exist() -> None:

@@ -60,21 +60,22 @@ def test_programs_that_go_on_to_further_rows(classes: int, reduction: str, monke
 @pytest.mark.parametrize("rows", [2, 5])
 def test_long_rows_in_every_dtype(rows: int, dtype: str) -> None:
     z, y = random_logits(rows, 9001, dtype=DTYPES[dtype]), random_labels(rows, classes=9001)
-    for distance in ("uniform", "kl"):
-        checked(z, y, distance=distance)
-        checked(z, y, distance=distance, reduction="none")
+    checked(z, y, distance="uniform")
+    checked(z, y, distance="kl", reduction="none")
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_programs_that_go_on_to_further_long_rows(reduction: str) -> None:
-    """Two programs to each of 4 processors, and nearly three rows for each."""
-    rows, classes = 23, 9001
+@pytest.mark.parametrize("weighted", [False, True])
+def test_programs_that_go_on_to_further_long_rows(weighted: bool) -> None:
+    """Two programs to each of 4 processors, and nearly two rows for each."""
+    rows, classes = 15, 9001
     assert launch.rows_at_work(torch.empty(0), classes) == 2
     z, y = random_logits(rows, classes), random_labels(rows, classes=classes)
     y[11] = -100
     z[13, 300:5000] = -INF
-    checked(z, y, distance="uniform", reduction=reduction)
-    checked(z, y, reduction=reduction, weight=torch.linspace(0.1, 2.0, classes), **WEIGHTED)
+    if weighted:
+        checked(z, y, reduction="none", weight=torch.linspace(0.1, 2.0, classes), **WEIGHTED)
+    else:
+        checked(z, y, distance="uniform")
 
 
 @pytest.mark.parametrize("label", [0, 8191, 8192, 16383, 16384, 20000])

@@ -23,7 +23,7 @@ from torch.nn import Parameter
 from .. import reference
 from .._build import load_extension
 from .._version import __version__
-from ..checks import inside_function_transform, watches_operators
+from ..checks import constant_when_compiled, inside_function_transform, watches_operators
 from ..spec import BACKENDS, LossSpec, LossStats, check_backend_name
 from . import cpp
 from .pieces import REFERENCE, Pieces
@@ -123,7 +123,7 @@ def is_compiled(logits: Tensor, name: str | None) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_compiled
 def _has_backend(device: str) -> bool:
     return any(_usable(name) for name in PREFERENCE.get(device, ()))
 
