@@ -135,7 +135,7 @@ def fused_linear_softmax_loss(
         logit_scale: a, finite.
         softcap: c > 0; None for none.
         class_weight: what `softmax_loss` calls weight: of each class, shape (C,). No gradient flows to it.
-        memory_budget: bytes of logits at a time; None for 64 MiB on the CPU, 512 MiB on a GPU. A chunk has one row at
+        memory_budget: bytes of logits at a time; None for 88 MiB on the CPU, 512 MiB on a GPU. A chunk has one row at
             least. A softcap needs two buffers, which share the budget.
         group: processes that share the classes, each with its own rows of weight and bias, in the order of the classes,
             and all with the same hidden and y; None for classes that are all here. Every process gets the same loss and

@@ -22,11 +22,14 @@ __all__ = ["Layer", "LinearLoss", "Needs", "Target", "accumulator", "chunk_rows"
 
 # Bytes of logits at a time, where the caller names no budget. On the CPU a chunk of more rows gains nothing; a GPU
 # needs enough of them to be busy.
-CPU_BUDGET: Final = 64 << 20
+CPU_BUDGET: Final = 88 << 20
 GPU_BUDGET: Final = 512 << 20
 
 # Elements of a gradient that are widened at a time, where a product cannot be added in a wider type.
 _WIDENED: Final = 1 << 20
+
+# Bytes of the weight that go through the layer together on the CPU.
+_BLOCK: Final = 4 << 20
 
 
 class Layer(NamedTuple):
@@ -179,19 +182,34 @@ def _losses(
 
 def _fill_logits(layer: Layer, hidden: Tensor, out: Tensor, *, with_slopes: bool) -> Tensor | None:
     """Write the logits of some rows; returns their derivatives by what is capped, where there is a cap."""
-    scale, cap = layer.logit_scale, layer.softcap
-    if layer.bias is not None:
-        torch.addmm(layer.bias, hidden, layer.weight.t(), beta=scale, alpha=scale, out=out)
-    elif scale != 1.0:
-        torch.addmm(out, hidden, layer.weight.t(), beta=0, alpha=scale, out=out)
-    else:
-        torch.mm(hidden, layer.weight.t(), out=out)
+    cap = layer.softcap
+    step = _block(layer)
+    for first in range(0, out.shape[1], step):
+        block = slice(first, first + step)
+        _product(hidden, layer.weight[block], layer.bias, block, layer.logit_scale, out[:, block])
     if cap is None:
         return None
     out.div_(cap).tanh_()
     slopes = torch.square(out).neg_().add_(1.0) if with_slopes else None
     out.mul_(cap)
     return slopes
+
+
+def _block(layer: Layer) -> int:
+    """How many classes go through the layer at a time: the CPU's library is slow where rows are few and classes many."""
+    weight = layer.weight
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
+        return max(1, weight.shape[0])
+    return max(256, _BLOCK // max(1, weight.shape[1] * weight.element_size()))
+
+
+def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, classes: slice, scale: float, out: Tensor) -> None:
+    if bias is not None:
+        torch.addmm(bias[classes], hidden, weight.t(), beta=scale, alpha=scale, out=out)
+    elif scale != 1.0:
+        torch.addmm(out, hidden, weight.t(), beta=0, alpha=scale, out=out)
+    else:
+        torch.mm(hidden, weight.t(), out=out)
 
 
 def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor, *, start: bool) -> None:
