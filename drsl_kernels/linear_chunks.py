@@ -196,7 +196,7 @@ def _fill_logits(layer: Layer, hidden: Tensor, out: Tensor, *, with_slopes: bool
 
 
 def _block(layer: Layer) -> int:
-    """How many classes go through the layer at a time: the CPU's library is slow where rows are few and classes many."""
+    """How many classes go through the layer at a time: the library of CPUs is slow with few rows and many classes."""
     weight = layer.weight
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
         return max(1, weight.shape[0])

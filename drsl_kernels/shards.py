@@ -47,7 +47,8 @@ class ClassShard:
         label_logits = logits.gather(1, at).squeeze(1).to(stats.dtype).masked_fill(~is_here, 0.0)
         packed = stats.new_zeros(len(y) + 1, _STATS + 1)
         packed[:-1, :_STATS], packed[:-1, _STATS] = stats, label_logits
-        packed[-1, 0], packed[-1, 1] = self.first, logits.shape[1]
+        packed[-1, 0].fill_(self.first)  # to assign a number would wait for a GPU
+        packed[-1, 1].fill_(logits.shape[1])
         parts = dist.get_world_size(self.group)
         everywhere = packed.new_empty(parts * packed.shape[0], packed.shape[1])
         # Its name from torch 2.13 on, and before.
