@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..random_streams import generator_for
-from ..storage import write_atomically
+from ..storage import write_text
 from .text import Text
 from .tokens import BPETokens, ByteTokens, Tokens, TokensName
 
@@ -62,7 +62,7 @@ def make_tokens(name: TokensName, text: Text, vocabulary: int, folder: Path) -> 
     tokens = BPETokens.train(text.train, vocabulary)
     (folder / _OF).unlink(missing_ok=True)  # killed between the two files, it is learned again
     tokens.save(path)
-    write_atomically(folder / _OF, lambda temporary: temporary.write_text(about, encoding="utf-8"))
+    write_text(folder / _OF, about)
     return tokens
 
 

@@ -67,8 +67,8 @@ def embedding_pgd(
     u and the ball, on which Pi projects, are those of `drsl_kernels.robustness.pgd`, of each token alone. The targets
     stay as they are, and all are scored.
 
-    Of every point visited, in all restarts, and of the vectors as they are, each sequence keeps the one with the largest
-    sum of -log p. It is that of the largest loss, and not always that of the fewest right predictions.
+    Of every point visited, in all restarts, and of the vectors as they are, each sequence keeps the one with the
+    largest sum of -log p. It is that of the largest loss, and not always that of the fewest right predictions.
 
     Args:
         model: a `GPT`, or anything with its `embed`, `hidden` and `scores`. Run in evaluation mode; its parameters get
@@ -91,9 +91,7 @@ def embedding_pgd(
         raise ValueError(f"loss must be one of {', '.join(map(repr, EMBEDDING_LOSSES))}, got {loss!r}")
     if alpha is None:
         alpha = REACH * eps / max(1, steps) if eps else 1.0
-    eps, alpha, steps, restarts, _ = check_numbers(
-        eps, alpha, steps, norm, restarts, random_start, _EVERYWHERE, "best"
-    )
+    eps, alpha, steps, restarts, _ = check_numbers(eps, alpha, steps, norm, restarts, random_start, _EVERYWHERE, "best")
     read, y = sequences[:, :-1], sequences[:, 1:]
     with evaluation_mode(model), torch.enable_grad():  # type: ignore[arg-type]
         start = model.embed(read).detach()
@@ -122,7 +120,7 @@ def mean_embedding_norm(model: LanguageModel, tokens: Tensor) -> float:
             never used.
     """
     with torch.no_grad():
-        vectors = model.embed(tokens.unique().unsqueeze(0))[0]
+        vectors = model.embed(torch.unique(tokens).unsqueeze(0))[0]
     return float(torch.linalg.vector_norm(vectors.double(), dim=1).mean())
 
 

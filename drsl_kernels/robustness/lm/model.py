@@ -157,7 +157,7 @@ class GPT(nn.Module):
             nn.init.normal_(linear.weight, std=_STD)
             return linear
         kind = MixtureOfSoftmax if shape.head == "mixture_of_softmax" else MixtureOfSigsoftmax
-        tied = self.embedding.weight if shape.tied else None
+        tied: Any = self.embedding.weight if shape.tied else None  # an nn.Parameter
         return kind(shape.width, shape.vocabulary, shape.components, embedding=tied, bias=False)
 
     def _first_weights(self) -> None:

@@ -86,7 +86,7 @@ def sequence_losses(model: LanguageModel, sequences: Tensor, *, first: int = 1) 
     """Nats, float64, and right predictions, int64, both (N,), of each sequence's tokens from index `first` on."""
     losses, right = [], []
     with evaluation_mode(model), torch.no_grad():  # type: ignore[arg-type]
-        for batch in sequences.split(_BATCH):
+        for batch in torch.split(sequences, _BATCH):
             hidden = model.hidden(model.embed(batch[:, :-1]))[:, first - 1 :]
             nats, correct = token_losses(model.scores(hidden), batch[:, first:])
             losses.append(nats.double().sum(1))

@@ -55,8 +55,8 @@ def substitute_tokens(
     That this continuation has in truth become less likely is not ruled out, as no attack on text without a judge of
     meaning can: compare models, at the same number of substitutions.
 
-    One round: candidates (place i, token v) are proposed, each is evaluated exactly, and the one with the largest sum of
-    -log p is kept if it is above that of now. The sum never falls. A place is exchanged once. With e the vectors of
+    One round: candidates (place i, token v) are proposed, each is evaluated exactly, and the one with the largest sum
+    of -log p is kept if it is above that of now. The sum never falls. A place is exchanged once. With e the vectors of
     tokens, x_i the token of now and L the sum, the first-order gain of a candidate is
 
     .. math:: G_{iv} = (e_v - e_{x_i})^\top \nabla_{e_{x_i}} L
@@ -96,7 +96,9 @@ def substitute_tokens(
         places, tokens, valid = _propose(proposal, gains, changed, allowed, candidates, generator)
         tried = now.unsqueeze(1).repeat(1, candidates, 1)
         tried.scatter_(2, places.unsqueeze(2), tokens.unsqueeze(2))
-        values, right = (found.view(len(now), candidates) for found in sequence_losses(model, tried.flatten(0, 1), first=prefix))
+        values, right = (
+            found.view(len(now), candidates) for found in sequence_losses(model, tried.flatten(0, 1), first=prefix)
+        )
         if not bool(values.isfinite().all()):
             raise FloatingPointError("the attack met losses that are not finite; look at the model's weights")
         value, which = values.where(valid, float("-inf")).max(1)
@@ -157,7 +159,9 @@ def _propose(
 
 def _filled(values: Tensor, size: int) -> Tensor:
     """Rows of a small vocabulary, made long enough by their last entry."""
-    return values if values.shape[1] == size else torch.cat([values, values[:, -1:].expand(-1, size - values.shape[1])], 1)
+    return (
+        values if values.shape[1] == size else torch.cat([values, values[:, -1:].expand(-1, size - values.shape[1])], 1)
+    )
 
 
 def _checked(

@@ -7,6 +7,7 @@ per byte. Relies on the package tokenizers for BPE; `corpus` relies on it.
 from __future__ import annotations
 
 import hashlib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias, get_args
 
@@ -84,8 +85,10 @@ class BPETokens:
         """Learn a vocabulary of at most so many tokens from a text, the training part.
 
         Raises:
+            ModuleNotFoundError: the package tokenizers is not installed.
             ValueError: fewer than 256 tokens, which the bytes themselves need, or a text that is not UTF-8.
         """
+        _needs_package()
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
         if vocabulary < LEAST_VOCABULARY:
@@ -106,6 +109,7 @@ class BPETokens:
         Raises:
             ValueError: the file is missing, or is no tokenizer.
         """
+        _needs_package()
         from tokenizers import Tokenizer
 
         try:
@@ -139,7 +143,12 @@ class BPETokens:
     def byte_lengths(self) -> Tensor:
         """How many bytes each token stands for: a letter each, in the alphabet that its vocabulary is written in."""
         names = (self._tokenizer.id_to_token(token) for token in range(self.vocabulary))
-        return torch.tensor([len(name) for name in names], dtype=torch.int64)
+        return torch.tensor([len(name or "") for name in names], dtype=torch.int64)
+
+
+def _needs_package() -> None:
+    if find_spec("tokenizers") is None:
+        raise ModuleNotFoundError("tokens 'bpe' need the package tokenizers: pip install 'drsl_kernels[lab]'")
 
 
 def _as_text(text: bytes) -> str:
