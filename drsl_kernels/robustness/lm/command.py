@@ -219,7 +219,8 @@ def lm_command(
 
 def _show(comparison: LanguageComparison, out: Path, console: Console) -> None:
     if comparison.reused:
-        console.print(f"Found finished in {out} and used again: {comparison.reused} of {len(comparison.runs)} runs.")
+        found = f"{comparison.reused} of {len(comparison.runs)} runs"
+        console.print(f"Found finished in {out} and used again: {found}.", soft_wrap=True)
     head, *rows = table(comparison)
     shown = Table()
     for i, name in enumerate(head):

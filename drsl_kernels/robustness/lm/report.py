@@ -24,6 +24,8 @@ __all__ = ["RESULTS", "attack_rows", "cautions", "each_attack", "explanation", "
 
 RESULTS: Final = ("results.json", "results.csv")
 
+_OTHER_LENGTH: Final = 1.2  # of vectors, from which on the same share is worth a word
+
 _CSV_COLUMNS: Final = ("loss", "tau", "seed", "attack", "size", "perplexity", "accuracy", "nats", "correct", "tokens")
 
 
@@ -45,7 +47,8 @@ def explanation(comparison: LanguageComparison) -> dict[str, str]:
         f"{training.context} tokens; {over}. Kinds of tokens can be compared by bits per byte, not by perplexity",
         "embedding": f"PGD ({', '.join(judging.losses)}; {judging.steps} steps, {judging.restarts} starts, "
         f"{judging.norm}) on the vectors of the tokens of {judging.sequences} sequences, the worst per sequence; radii "
-        "as shares of the mean length of the model's vectors",
+        "as shares of the mean length of the model's vectors, so that a loss that shortens these is attacked in "
+        "smaller balls",
         "substitution": f"of the first half of the same sequences so many tokens are exchanged "
         f"({', '.join(judging.proposals)}; {judging.candidates} candidates for each), the worst per sequence; scored "
         "is the second half, which stays as it is",
@@ -69,6 +72,7 @@ def table(comparison: LanguageComparison) -> list[list[str]]:
         means = (MeanStd.of([value(run) for run in comparison.of(loss)]) for loss in losses)
         rows.append([name, *map(text, means)])
 
+    add("mean length of vectors", lambda run: run.embedding_norm, _number)
     add("perplexity", lambda run: run.score.perplexity, _number)
     add("bits per byte", lambda run: run.score.bits_per_byte, _number)
     add("next token right, %", lambda run: run.score.accuracy, MeanStd.percent)
@@ -132,6 +136,12 @@ def _against(comparison: LanguageComparison, loss: LanguageLoss, baseline: Langu
     def lower(ours: MeanStd, theirs: MeanStd) -> bool:
         return theirs.mean - ours.mean > (ours.std or 0.0) + (theirs.std or 0.0)
 
+    ours, theirs = both(lambda run: run.embedding_norm)
+    if not 1 / _OTHER_LENGTH < ours.mean / theirs.mean < _OTHER_LENGTH:
+        yield (
+            f"The vectors of {loss} are {ours.mean / theirs.mean:.2f} times as long as those of {baseline}, and so are "
+            "the radii: compare radii times lengths, too."
+        )
     ours, theirs = both(lambda run: run.score.perplexity)
     if lower(theirs, ours):
         yield f"{loss} costs perplexity without an attack: {_number(ours)} where {baseline} has {_number(theirs)}."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from ..attacks import evaluation_mode
 
 __all__ = ["LanguageModel", "Score", "check_sequences", "sequence_losses", "token_losses"]
 
-_BATCH = 32  # sequences at a time
+_TOKENS: Final = 4096  # at a time
 
 
 class LanguageModel(Protocol):
@@ -86,7 +86,7 @@ def sequence_losses(model: LanguageModel, sequences: Tensor, *, first: int = 1) 
     """Nats, float64, and right predictions, int64, both (N,), of each sequence's tokens from index `first` on."""
     losses, right = [], []
     with evaluation_mode(model), torch.no_grad():  # type: ignore[arg-type]
-        for batch in torch.split(sequences, _BATCH):
+        for batch in torch.split(sequences, max(1, _TOKENS // sequences.shape[1])):
             hidden = model.hidden(model.embed(batch[:, :-1]))[:, first - 1 :]
             nats, correct = token_losses(model.scores(hidden), batch[:, first:])
             losses.append(nats.double().sum(1))
