@@ -83,7 +83,7 @@ def _option(name: str, field: str, kind: Any, words: str, *, of: object = _TRAIN
 @click.option(
     "--losses",
     type=Names("loss", LANGUAGE_LOSSES, ALIASES),
-    default="ce,uniform",
+    default="ce,non_target_logits",
     show_default=True,
     help=f"What to train with, some of {', '.join(LANGUAGE_LOSSES)}, with commas between; a distance is cross-entropy "
     "plus tau times it, sigsoftmax and the mixtures are output layers; drsl is short for uniform.",

@@ -61,7 +61,7 @@ def embedding_pgd(
 ) -> EmbeddingAttack:
     r"""Move the vector of every token that is read, to make the predictions of the text as bad as possible.
 
-    .. math:: e_{t} \leftarrow \Pi_t\left(e_{t} + \alpha\, u\Big(\nabla_{e_t} \sum_{s} L(z_s, x_{s+1})\Big)\right)
+    .. math:: e_{t} \leftarrow \Pi_t\left(e_{t} + \alpha\, u\left(\nabla_{e_t} \sum_{s} L(z_s, x_{s+1})\right)\right)
 
     with e_t the vector of the token at place t, z_s the logits at place s and x_{s+1} the token that follows there;
     u and the ball, on which Pi projects, are those of `drsl_kernels.robustness.pgd`, of each token alone. The targets
