@@ -176,6 +176,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+RUN = Path("runs") / "uniform-tau1-seed0"
+
+
 def options(folder: Path, *more: str) -> list[str]:
     return [
         *("lm", "--text", str(folder / "text"), "--losses", "drsl", "--tau", "uniform=1", "--context", "8"),
@@ -185,16 +188,23 @@ def options(folder: Path, *more: str) -> list[str]:
     ]
 
 
-def one_of_two(rank: int, folder: Path, ports: dict[str, int]) -> None:
-    """What torchrun starts: the command itself, with each way to share the weights."""
+def one_of_two(rank: int, folder: Path, ports: dict[str, tuple[int, int]]) -> None:
+    """What torchrun starts: the command itself, with each way to share the weights, interrupted once."""
+    from drsl_kernels.robustness.command_parts import ProgressBars
     from drsl_kernels.robustness.commands import drsl
 
     torch.set_num_threads(1)
-    for sharding, port in ports.items():
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        out = folder / sharding
-        drsl.main(options(folder, "--sharding", sharding, "--out", str(out)), standalone_mode=False)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    for sharding, (first, second) in ports.items():
+        command = options(folder, "--sharding", sharding, "--out", str(folder / sharding))
+        stop, os.environ["MASTER_PORT"] = StopAt(5), str(first)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ProgressBars, "step", lambda _, doing, stop=stop: stop.step(doing))
+            with pytest.raises(StopError):
+                drsl.main(command, standalone_mode=False)
+        assert read_last(folder / sharding / RUN)["state"]["step"] == 3
+        os.environ["MASTER_PORT"] = str(second)
+        drsl.main(command, standalone_mode=False)
         (folder / f"{sharding}-{rank}").touch()
 
 
@@ -206,7 +216,7 @@ def test_two_processes_are_as_one_with_the_joint_batch(tmp_path: Path) -> None:
     from drsl_kernels.robustness.commands import drsl
 
     (tmp_path / "text").write_bytes(LINES)
-    ports = {name: free_port() for name in ("none", "fsdp")}
+    ports = {name: (free_port(), free_port()) for name in ("none", "fsdp")}
     done = [tmp_path / f"{name}-{rank}" for name in ports for rank in range(2)]
     processes = torch.multiprocessing.spawn(one_of_two, (tmp_path, ports), nprocs=2, join=False, start_method="spawn")
     alone = CliRunner().invoke(drsl, options(tmp_path, "--out", str(tmp_path / "one")))
@@ -218,17 +228,16 @@ def test_two_processes_are_as_one_with_the_joint_batch(tmp_path: Path) -> None:
         time.sleep(0.1)
     for process in processes.processes:
         process.terminate()
-    run = Path("runs") / "uniform-tau1-seed0"
-    one = read_last(tmp_path / "one" / run)
+    one = read_last(tmp_path / "one" / RUN)
     for name in ports:
-        two = read_last(tmp_path / name / run)
+        two = read_last(tmp_path / name / RUN)
         assert two["model"].keys() == one["model"].keys()
         for weight, value in one["model"].items():
             torch.testing.assert_close(two["model"][weight], value, rtol=1e-4, atol=2e-6)
         for row, expected in zip(two["state"]["rows"], one["state"]["rows"], strict=True):
             assert {**row, "seconds": 0} == pytest.approx({**expected, "seconds": 0}, rel=1e-4)
         assert (tmp_path / name / "report.html").exists()
-        moved = load_language_model(tmp_path / name / run / "best.pt").model
+        moved = load_language_model(tmp_path / name / RUN / "best.pt").model
         assert moved.embedding.weight.shape == (256, 8)
     again = CliRunner().invoke(drsl, options(tmp_path, "--out", str(tmp_path / "none")))
     assert "processes was 2 and is now 1" in again.output

@@ -140,7 +140,7 @@ def judge_all(
     outcomes = iter(trained)
     for loss in losses:
         for seed in seeds:
-            progress.begin_run(f"{loss}, seed {seed}", _attacks(setup))
+            progress.begin_run(f"{loss}, seed {seed}", setup.judging.attacks())
             result, was_there = _judged(setup, corpus, loss, seed, next(outcomes), folder, progress)
             runs.append(result)
             reused += was_there
@@ -148,11 +148,6 @@ def judge_all(
     progress.begin_timing()
     times = time_steps(losses, corpus, setup.training)
     return LanguageComparison(setup, corpus, tuple(losses), tuple(seeds), tuple(runs), times, reused)
-
-
-def _attacks(setup: LanguageSetup) -> int:
-    batches = -(-setup.judging.sequences // 32)
-    return batches * setup.judging.attacks()
 
 
 def _judged(

@@ -84,8 +84,8 @@ class LanguageJudging:
         object.__setattr__(self, "budgets", tuple(sorted(set(self.budgets))))
 
     def attacks(self) -> int:
-        """How many attacks `judge` makes of a batch of sequences."""
-        return len(self.radii) * len(self.losses) + len(self.proposals)
+        """How many attacks `judge` makes, each on a batch of sequences."""
+        return -(-self.sequences // _BATCH) * (len(self.radii) * len(self.losses) + len(self.proposals))
 
     def as_json(self) -> dict[str, Any]:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}

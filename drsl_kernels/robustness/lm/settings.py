@@ -59,7 +59,7 @@ class LanguageSettings:
     positions: Positions = "rotary"
     tied: bool = True
     components: int = 4
-    steps: int = 600
+    steps: int = 1000
     batch_size: int = 16
     learning_rate: float = 2e-3
     warmup: float = 0.05
