@@ -12,9 +12,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from drsl_kernels.robustness.commands import drsl
-from drsl_kernels.robustness.lm import command, experiment
-from drsl_kernels.robustness.lm.experiment import LanguageSetup
-from drsl_kernels.robustness.lm.judging import LanguageJudging
+from drsl_kernels.robustness.lm import ByteTokens, LanguageLoss, Score, Text, command, experiment, load_corpus
+from drsl_kernels.robustness.lm.experiment import LanguageComparison, LanguageSetup
+from drsl_kernels.robustness.lm.judging import LanguageJudging, LanguageResult, Point
+from drsl_kernels.robustness.lm.report import cautions
 from drsl_kernels.robustness.lm.settings import LanguageSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -199,3 +200,50 @@ def test_a_file_that_no_bpe_reads(tmp_path: Path) -> None:
     result = invoke("--text", str(tmp_path / "binary"), "--tokens", "bpe", *SMALL, "--out", str(tmp_path / "out"))
     assert result.exit_code == 1
     assert "BPE needs text in UTF-8" in result.output
+
+
+def result(
+    loss: LanguageLoss, perplexity: float, *, left: float = 0.1, random: float = 1.0, length: float = 1.0
+) -> Any:
+    """What a run might leave; `left` is the share of right predictions at the largest radius."""
+
+    def points(kind: str, last: float) -> tuple[Point, ...]:
+        sizes = (0.0, 0.4) if kind == "embedding" else (0.0, 8.0)
+        worse = (100.0 * perplexity, 200.0 * perplexity * last)
+        return tuple(
+            Point(size, nats, int(100 * right), 100)
+            for size, nats, right in zip(sizes, worse, (0.5, left), strict=True)
+        )
+
+    by_attack = {name: points("substitution", last) for name, last in (("hotflip", 1.0), ("random", random))}
+    score = Score(100.0 * perplexity, 50, 100, 100)
+    kinds = {kind: points(kind, 1.0) for kind in ("embedding", "substitution")}
+    return LanguageResult(
+        loss=loss, seed=0, rows=(), best_step=1, score=score, embedding_norm=length, by_attack=by_attack, **kinds
+    )
+
+
+def said(*runs: LanguageResult, held_out: Any = "test") -> str:
+    setup = LanguageSetup(judging=LanguageJudging(radii=(0.4,), budgets=(8,), held_out=held_out))
+    corpus = load_corpus(Text.of(b"a line\n" * 1000, "lines"), ByteTokens(), context=128)
+    losses = tuple(run.loss for run in runs)
+    return " ".join(cautions(LanguageComparison(setup, corpus, losses, (0,), runs, {}, 0)))
+
+
+def test_what_to_keep_in_mind() -> None:
+    ce, drsl = LanguageLoss("ce"), LanguageLoss("uniform", 1.0)
+    good = said(result(ce, 2.0), result(drsl, 1.5))
+    for words in ("costs", "no lower", "at random", "more than half", "times as long", "no baseline", "chose the best"):
+        assert words not in good
+    assert "uniform tau=1 costs perplexity without an attack: 12.18 where ce has 7.389" in said(
+        result(ce, 2.0), result(drsl, 2.5)
+    )
+    no_gain = said(result(ce, 2.0), result(drsl, 2.0))
+    assert "no lower perplexity than ce, beyond the spread of the seeds, with: radius 0.4; 8 exchanged" in no_gain
+    assert "There is no baseline here" in said(result(drsl, 2.0))
+    assert "ce: exchanges drawn at random did more" in said(result(ce, 2.0, random=1.1))
+    assert "ce: at the largest radius more than half of the right predictions are left" in said(
+        result(ce, 2.0, left=0.3)
+    )
+    assert "0.50 times as long as those of ce" in said(result(ce, 2.0), result(drsl, 1.5, length=0.5))
+    assert "This part chose the best step, too" in said(result(ce, 2.0), held_out="validation")
