@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from drsl_kernels.robustness.distributed import World
 from drsl_kernels.robustness.lm import ByteTokens, LanguageLoss, Text, load_corpus, load_language_model
 from drsl_kernels.robustness.lm.corpus import Corpus
 from drsl_kernels.robustness.lm.engine import train_language_model
@@ -303,6 +304,14 @@ class TestFolder:
 def test_wrong_settings(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(TINY, **changes)
+
+
+def test_more_processes_than_windows(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="batch_size must be at least the number of processes, 6, got 5"):
+        train_language_model(TINY, corpus(), tmp_path, StopAt(), world=World(0, 6))
+    settings = replace(TINY, batch_size=500, validation_windows=1000)
+    with pytest.raises(ValueError, match=r"validation_windows must be .* 400, got \d+"):
+        train_language_model(settings, corpus(), tmp_path, StopAt(), world=World(0, 400))
 
 
 def test_sharding_needs_processes(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def train_language_model(
         OSError: a file cannot be written.
     """
     world = world or World()
-    _check_processes(settings, world)
+    _check_processes(settings, corpus, world)
     why_not = obstacle(folder, settings, corpus, world)
     if why_not is not None:
         raise ValueError(f"{folder} {why_not}")
@@ -294,10 +294,9 @@ class _Training:
         save_checkpoint(self.folder / name, {"format": FORMAT, "about": about} | content)
 
 
-def _check_processes(settings: LanguageSettings, world: World) -> None:
-    """Every process needs a part of every batch."""
-    for name in ("batch_size", "validation_windows"):
-        if getattr(settings, name) < world.size:
-            raise ValueError(
-                f"{name} must be at least the number of processes, {world.size}, got {getattr(settings, name)!r}"
-            )
+def _check_processes(settings: LanguageSettings, corpus: Corpus, world: World) -> None:
+    """Every process needs a part of every batch, of the validation windows, too."""
+    there = len(windows(corpus.validation, settings.context, settings.validation_windows))
+    for name, size in (("batch_size", settings.batch_size), ("validation_windows", there)):
+        if size < world.size:
+            raise ValueError(f"{name} must be at least the number of processes, {world.size}, got {size}")
