@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -84,6 +84,20 @@ def test_pgd_stays_in_the_ball_of_each_token(model: GPT, norm: Any, order: float
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
+def test_pgd_keeps_the_worst_of_all_points(model: GPT) -> None:
+    """The text as it is, too: a random point in the ball is often a better one."""
+    x = sequences(30)
+    clean = embedding_pgd(model, x, eps=0.0, steps=0, random_start=False).nats
+    found = [
+        embedding_pgd(model, x, eps=0.4, steps=0, restarts=n, generator=torch.Generator().manual_seed(3)).nats
+        for n in (1, 2, 5)
+    ]
+    assert 0 < int((found[0] == clean).sum()) < 30
+    for fewer, more in pairwise([clean, *found]):
+        assert bool((more >= fewer).all())
+        assert bool((more > fewer).any())
+
+
 def test_log_odds_see_what_saturation_hides() -> None:
     """Cross-entropy below float32's smallest number has no gradient; the log-odds have."""
 
@@ -151,6 +165,15 @@ def test_with_all_candidates_the_best_exchange_is_found(model: GPT) -> None:
             every.append(other)
         values = continuation(model, torch.stack(every), prefix)
         torch.testing.assert_close(found.nats[1, i], values.max())
+
+
+def test_a_place_is_exchanged_once(model: GPT) -> None:
+    x = sequences(40)
+    rounds = [substitute_tokens(model, x, prefix=3, substitutions=k, candidates=1).sequences for k in range(4)]
+    for before, after in pairwise(rounds):
+        moved = before != after
+        assert bool(moved.any())
+        assert torch.equal(before[moved], x[moved])
 
 
 def test_the_gradient_beats_chance_with_few_candidates() -> None:
