@@ -87,7 +87,7 @@ class TestFiles:
             for words in (
                 *("bits per byte", "right %, radius 0.4", "perplexity, 2 exchanged", "ratio to F.cross_entropy"),
                 *("uniform tau=3", "mixture_of_softmax", "2 seed(s) say little", "read substitution as sensitivity"),
-                *("modules of Python", "standard library", "random, 2 exchanged"),
+                *("modules of Python", "standard library", "random, 2 exchanged", "What the models write"),
             ):
                 assert words in page
         table = [line for line in markdown.splitlines() if line.startswith("|")]
@@ -219,7 +219,15 @@ def result(
     score = Score(100.0 * perplexity, 50, 100, 100)
     kinds = {kind: points(kind, 1.0) for kind in ("embedding", "substitution")}
     return LanguageResult(
-        loss=loss, seed=0, rows=(), best_step=1, score=score, embedding_norm=length, by_attack=by_attack, **kinds
+        loss=loss,
+        seed=0,
+        rows=(),
+        best_step=1,
+        score=score,
+        embedding_norm=length,
+        by_attack=by_attack,
+        sample="",
+        **kinds,
     )
 
 

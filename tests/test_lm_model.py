@@ -18,6 +18,7 @@ from drsl_kernels.robustness.lm import (
     Score,
     Shape,
     Text,
+    continued,
     drawn_windows,
     load_corpus,
     read_text,
@@ -218,6 +219,28 @@ def test_perplexity_is_that_of_the_formula(head: str) -> None:
     )
     assert score.accuracy == pytest.approx((p.argmax(2) == sequences[:, 1:]).double().mean().item())
     assert score.tokens == 70 * 12
+
+
+@pytest.mark.parametrize("head", ["linear", "sigsoftmax"])
+def test_what_is_written_is_drawn_from_the_prediction(head: str) -> None:
+    model = small(head)
+    with torch.no_grad():
+        model.norm.weight.mul_(60)  # so that predictions are far from even
+    beginning = torch.tensor([[3, 1, 4]])
+    many = continued(model, beginning.expand(4000, -1), 1, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(many[:, :3], beginning.expand(4000, -1))
+    p = probabilities(model, beginning)[0, -1]
+    assert (many[:, 3].bincount(minlength=11) / 4000 - p).abs().max() < 0.03
+    sharp = continued(model, beginning.expand(4000, -1), 1, temperature=0.5, generator=torch.Generator().manual_seed(0))
+    assert (sharp[:, 3].bincount(minlength=11) / 4000 - p**2 / (p**2).sum()).abs().max() < 0.03
+    # Beyond the context the last tokens are read.
+    likely = continued(model, beginning, 20, temperature=0)
+    for t in range(3, 23):
+        assert likely[0, t] == probabilities(model, likely[:, max(0, t - 12) : t])[0, -1].argmax()
+    with pytest.raises(ValueError, match="count must be 0 or more, got -1"):
+        continued(model, beginning, -1)
+    with pytest.raises(ValueError, match="temperature must be 0 or more"):
+        continued(model, beginning, 1, temperature=-1.0)
 
 
 def test_tied_and_untied() -> None:

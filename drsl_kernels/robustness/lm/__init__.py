@@ -5,6 +5,7 @@ What is imported here needs torch and numpy alone; BPE needs the package tokeniz
 
 from .corpus import Corpus, drawn_windows, load_corpus, windows
 from .embedding_attack import EmbeddingAttack, embedding_pgd, mean_embedding_norm
+from .generation import continued
 from .losses import LanguageLoss
 from .model import GPT, Shape
 from .run_folder import load_language_model
@@ -24,6 +25,7 @@ __all__ = [
     "Shape",
     "Substitution",
     "Text",
+    "continued",
     "drawn_windows",
     "embedding_pgd",
     "load_corpus",

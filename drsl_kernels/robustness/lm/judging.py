@@ -22,6 +22,7 @@ from ..storage import read_json, write_json
 from .corpus import PARTS, Corpus, Part, windows
 from .embedding_attack import EMBEDDING_LOSSES, EmbeddingAttack, EmbeddingLoss, embedding_pgd, mean_embedding_norm
 from .engine import StepRow
+from .generation import continued
 from .losses import LanguageLoss
 from .model import GPT
 from .scoring import Score
@@ -31,6 +32,7 @@ __all__ = ["JUDGED", "LanguageJudging", "LanguageResult", "Point", "judge", "loa
 
 JUDGED: Final = "judged.json"
 _BATCH: Final = 32  # sequences attacked at a time
+_SAMPLE: Final = 200  # tokens that a model writes, to be looked at
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,8 @@ class LanguageResult:
     """One loss, one seed: how training went, the score on the whole part, and the attacked sequences.
 
     `embedding` and `substitution` are the worst case over their attacks, the first point being without an attack;
-    `by_attack` has the same of each attack by its name. `embedding_norm` is the length that radii are shares of.
+    `by_attack` has the same of each attack by its name. `embedding_norm` is the length that radii are shares of, and
+    `sample` text that the model wrote after the first half of the first attacked sequence.
     """
 
     loss: LanguageLoss
@@ -133,6 +136,7 @@ class LanguageResult:
     embedding: tuple[Point, ...]
     substitution: tuple[Point, ...]
     by_attack: dict[str, tuple[Point, ...]]
+    sample: str
 
 
 def judge(
@@ -171,6 +175,7 @@ def judge(
         embedding=embedding.pop("worst"),
         substitution=exchanged.pop("worst"),
         by_attack=embedding | exchanged,
+        sample=_sample(model, corpus, attacked[:1, : context // 2], seed),
     )
 
 
@@ -198,6 +203,13 @@ def load_result(path: Path, identity: dict[str, Any]) -> LanguageResult | None:
         )
     except (AttributeError, KeyError, TypeError, ValueError):  # not what asdict(LanguageResult) gives
         return None
+
+
+def _sample(model: GPT, corpus: Corpus, beginning: Tensor, seed: int) -> str:
+    """The beginning and what the model writes after it; bytes that are no text are replaced."""
+    generator = generator_for(seed, "sample", device=beginning.device)
+    written = continued(model, beginning, _SAMPLE, generator=generator)
+    return corpus.tokens.decode(written[0].cpu()).decode("utf-8", errors="replace")
 
 
 def _as_points(content: Sequence[dict[str, Any]]) -> tuple[Point, ...]:

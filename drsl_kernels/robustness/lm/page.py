@@ -5,7 +5,7 @@ Relies on `report`, `pictures` and `..page_parts`; the command relies on it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Final
@@ -24,6 +24,8 @@ PAGES: Final = ("report.md", "report.html")
 _TITLE: Final = "Language models under attack"
 _FIRST: Final = "What to keep in mind first:"
 _EACH: Final = "Each attack alone, perplexity"
+_WRITTEN: Final = "What the models write"
+_AFTER: Final = "The first half of the first attacked sequence, then 200 tokens drawn from the model of the first seed."
 
 
 def write_pages(comparison: LanguageComparison, folder: Path) -> None:
@@ -31,7 +33,8 @@ def write_pages(comparison: LanguageComparison, folder: Path) -> None:
     head, *rows = table(comparison)
     software = "; ".join(f"{what} {value}" for what, value in environment().items())
     meaning = [*(f"{what}: {words}" for what, words in explanation(comparison).items()), f"made with: {software}"]
-    parts = (list(cautions(comparison)), head, rows, meaning, each_attack(comparison))
+    samples = {str(loss): comparison.of(loss)[0].sample for loss in comparison.losses}
+    parts = (list(cautions(comparison)), head, rows, meaning, each_attack(comparison), samples)
     write_text(folder / PAGES[0], _markdown(*parts))
     write_text(folder / PAGES[1], _html(*parts, folder))
 
@@ -42,12 +45,16 @@ def _markdown(
     rows: Sequence[Sequence[str]],
     meaning: Sequence[str],
     each: Sequence[Sequence[str]],
+    samples: Mapping[str, str],
 ) -> str:
     lines = [f"# {_TITLE}", "", _FIRST, "", *(f"- {words}" for words in said), ""]
     lines += [*markdown_table(head, rows), "", *(f"- {words}" for words in meaning), ""]
     lines += [f"## {_EACH}", "", *markdown_table(each[0], each[1:]), ""]
     for name, caption in PICTURES.items():
         lines += [f"![{caption}]({name})", ""]
+    lines += [f"## {_WRITTEN}", "", _AFTER, ""]
+    for loss, sample in samples.items():  # indented, no character in it means anything
+        lines += [f"{loss}:", "", *(f"    {line}" for line in sample.splitlines()), ""]
     return "\n".join(lines)
 
 
@@ -57,12 +64,15 @@ def _html(
     rows: Sequence[Sequence[str]],
     meaning: Sequence[str],
     each: Sequence[Sequence[str]],
+    samples: Mapping[str, str],
     folder: Path,
 ) -> str:
     figures = "".join(html_figure(folder / name, caption) for name, caption in PICTURES.items())
+    written = "".join(f"<h3>{escape(loss)}</h3><pre>{escape(sample)}</pre>" for loss, sample in samples.items())
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(_TITLE)}</title>'
         f"<style>{STYLE}</style></head>\n<body><h1>{escape(_TITLE)}</h1>\n<p>{_FIRST}</p>{html_list(said)}\n"
         f"{html_table(head, rows)}\n{html_list(meaning)}\n"
-        f"<h2>{escape(_EACH)}</h2>{html_table(each[0], each[1:])}\n{figures}\n</body></html>\n"
+        f"<h2>{escape(_EACH)}</h2>{html_table(each[0], each[1:])}\n{figures}\n"
+        f"<h2>{_WRITTEN}</h2><p>{_AFTER}</p>{written}\n</body></html>\n"
     )

@@ -217,6 +217,7 @@ def _run(run: LanguageResult) -> dict[str, Any]:
         "embedding": _points(run.embedding),
         "substitution": _points(run.substitution),
         "by_attack": {name: _points(points) for name, points in run.by_attack.items()},
+        "sample": run.sample,
         "evaluations": [asdict(row) for row in run.rows],
     }
 
