@@ -21,7 +21,7 @@ from torch import Tensor
 from drsl_kernels.robustness.distributed import World
 from drsl_kernels.robustness.lm import ByteTokens, LanguageLoss, Text, load_corpus, load_language_model
 from drsl_kernels.robustness.lm.corpus import Corpus
-from drsl_kernels.robustness.lm.engine import train_language_model
+from drsl_kernels.robustness.lm.engine import _Training, train_language_model
 from drsl_kernels.robustness.lm.run_folder import read_last
 from drsl_kernels.robustness.lm.settings import LanguageSettings
 
@@ -304,6 +304,12 @@ class TestFolder:
 def test_wrong_settings(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(TINY, **changes)
+
+
+def test_several_processes_do_not_ask_the_clock(tmp_path: Path) -> None:
+    """Each has its own, and they have to write together."""
+    for world, due in ((World(), True), (World(0, 2), False)):
+        assert _Training(TINY, corpus(), tmp_path, StopAt(), world, 0.0)._is_time() == due
 
 
 def test_more_processes_than_windows(tmp_path: Path) -> None:
