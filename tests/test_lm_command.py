@@ -174,7 +174,7 @@ def test_options_arrive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
         (("--losses", "gm"), "unknown loss 'gm'; choose from ce, uniform"),
         (("--tau", "kl=1"), "'kl' is not among --losses ce,non_target_logits"),
         (("--losses", "ce,kl", "--tau", "kl=-1"), "tau of kl must be 0 or more"),
-        (("--text", "absent.txt"), "there is no text absent.txt: give a file, a folder, or 'stdlib'"),
+        (("--text", "absent.txt"), "there is no text 'absent.txt': give a file, a folder, or 'stdlib'"),
         (("--width", "30"), "width must be a multiple of 8"),
         (("--vocabulary", "300"), "--vocabulary needs --tokens bpe"),
         (("--substitutions", "1,x"), "'1,x' must be whole numbers such as 1,2,4"),

@@ -66,8 +66,10 @@ class TestText:
         assert read_text("stdlib").digest == text.digest
 
     def test_what_is_not_there(self, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match=r"there is no text .*absent: give a file, a folder, or 'stdlib'"):
+        with pytest.raises(FileNotFoundError, match=r"there is no text '.*absent': give a file, a folder, or 'stdlib'"):
             read_text(tmp_path / "absent")
+        with pytest.raises(FileNotFoundError, match="there is no text ''"):
+            read_text("")
         (tmp_path / "empty").write_bytes(b"\n")
         with pytest.raises(ValueError, match="is empty"):
             read_text(tmp_path / "empty")

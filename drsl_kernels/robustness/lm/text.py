@@ -65,13 +65,13 @@ def read_text(where: Path | str) -> Text:
     if where == STDLIB:
         files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
         source = f"the {len(files)} modules of Python's standard library"
-    elif Path(where).is_dir():
+    elif str(where) and Path(where).is_dir():  # "" is no name, and would be the current folder
         files = sorted(file for file in Path(where).rglob("*") if file.is_file())
         source = f"the {len(files)} files of {where}"
     elif Path(where).is_file():
         files, source = [Path(where)], str(where)
     else:
-        raise FileNotFoundError(f"there is no text {where}: give a file, a folder, or {STDLIB!r}")
+        raise FileNotFoundError(f"there is no text {str(where)!r}: give a file, a folder, or {STDLIB!r}")
     content = b"".join(_with_newline(file.read_bytes()) for file in files)
     if not content.strip():
         raise ValueError(f"the text {where} is empty")
