@@ -201,7 +201,7 @@ def test_worst_cases_never_rise_with_the_size_and_are_the_worst(model: GPT) -> N
     embedding = _embedding(model, x, judging, 2.0, (0, 0), lambda name: None)
     substitution = _substitution(model, x, judging, torch.ones(V, dtype=torch.bool), (0, 0), lambda name: None)
     assert embedding.keys() == {"pgd:log_odds", "pgd:ce", "worst"}
-    assert substitution.keys() == {"hotflip", "random", "worst"}
+    assert substitution.keys() == {"hotflip", "gcg", "random", "worst"}
     for found, sizes in ((embedding, [0.0, 0.1, 0.5]), (substitution, [0.0, 1.0, 3.0])):
         assert [point.size for point in found["worst"]] == sizes
         for name, points in found.items():

@@ -74,9 +74,9 @@ class TestFiles:
         assert content["meaning"].keys() >= {"text", "model", "embedding", "substitution"}
         with (written[0] / "results.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
-        assert len(rows) == 6 * (1 + 3 * 5 + 3 * 3)
+        assert len(rows) == 6 * (1 + 3 * 5 + 4 * 3)
         assert {row["attack"] for row in rows} == {
-            *("none", "embedding", "substitution", "pgd:log_odds", "pgd:ce", "hotflip", "random")
+            *("none", "embedding", "substitution", "pgd:log_odds", "pgd:ce", "hotflip", "gcg", "random")
         }
 
     def test_pages(self, written: tuple[Path, Result]) -> None:
@@ -215,7 +215,9 @@ def result(
             for size, nats, right in zip(sizes, worse, (0.5, left), strict=True)
         )
 
-    by_attack = {name: points("substitution", last) for name, last in (("hotflip", 1.0), ("random", random))}
+    by_attack = {
+        name: points("substitution", last) for name, last in (("hotflip", 1.0), ("gcg", 0.9), ("random", random))
+    }
     score = Score(100.0 * perplexity, 50, 100, 100)
     kinds = {kind: points(kind, 1.0) for kind in ("embedding", "substitution")}
     return LanguageResult(

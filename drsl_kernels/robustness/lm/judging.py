@@ -62,7 +62,7 @@ class LanguageJudging:
     steps: int = 10
     restarts: int = 2
     budgets: tuple[int, ...] = (1, 2, 4, 8)
-    proposals: tuple[Proposal, ...] = ("hotflip", "random")
+    proposals: tuple[Proposal, ...] = ("hotflip", "gcg", "random")
     candidates: int = 24
     sequences: int = 24
     held_out: Part = "test"

@@ -52,10 +52,12 @@ def _attack(comparison: LanguageComparison, kind: str, size: str) -> Figure:
         sizes = [point.size for point in runs[0]]
         _curve(perplexity, sizes, [[point.perplexity for point in run] for run in runs], i, loss)
         _curve(accuracy, sizes, [[100 * point.accuracy for point in run] for run in runs], i, loss)
-    perplexity.set_yscale("log")
+    if kind == "embedding":  # where it grows by orders of magnitude
+        perplexity.set_yscale("log")
+        perplexity.yaxis.set_major_formatter("{x:g}")
     perplexity.set_title("perplexity", fontsize=10)
     accuracy.set_title("next token right, %", fontsize=10)
-    accuracy.set_ylim(bottom=0)
+    accuracy.set_ylim(0, 1.1 * accuracy.get_ylim()[1])
     for axes in (perplexity, accuracy):
         axes.set_xlabel(size)
         axes.grid(alpha=0.3)
