@@ -96,7 +96,14 @@ class TestFiles:
             assert (written[0] / picture).read_bytes().startswith(b"\x89PNG")
 
 
+def without_pages(patch: pytest.MonkeyPatch) -> None:
+    """They take longer than all that makes the numbers."""
+    for name in ("draw_pictures", "write_pages"):
+        patch.setattr(command, name, lambda *_: None)
+
+
 def test_found_again_and_made_anew(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_pages(monkeypatch)
     options = ("--text", str(text), "--tokens", "bpe", "--vocabulary", "300", "--losses", "ce", *SMALL)
     out = ("--out", str(tmp_path / "out"))
     first = invoke(*options, *out)
