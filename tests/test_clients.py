@@ -284,6 +284,18 @@ def test_gaussian_mixture() -> None:
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
 
 
+def test_language_models() -> None:
+    outcome = page("language_models")
+    falls = losses(outcome.printed)
+    assert len(falls) == 6
+    assert falls[-1] < 0.8 * falls[0]
+    variables = outcome.variables
+    score, sequences, exchanged = (variables[name] for name in ("score", "sequences", "exchanged"))
+    assert variables["moved"].nats.sum() > 1.05 * score.nats
+    assert exchanged.nats[3].sum() > exchanged.nats[0].sum()
+    assert torch.equal(exchanged.sequences[:, 16:], sequences[:, 16:])
+
+
 def test_distributed(tmp_path: Path) -> None:
     path = DOCS / "distributed.md"
     (command,) = blocks(path, "console")

@@ -19,6 +19,7 @@ import torch
 from code_blocks import DOCS, PAGES, ROOT, blocks
 
 import drsl_kernels
+import drsl_kernels.robustness.lm
 
 TESTS = ROOT / "tests"
 LANGUAGES = {"python", "console", "diff", "{toctree}", "{eval-rst}", "{include} ../README.md"}
@@ -47,6 +48,7 @@ def test_every_page_is_there(site: dict[str, str]) -> None:
 def test_every_public_name_is_in_the_reference(site: dict[str, str]) -> None:
     names = [f"drsl_kernels.{name}" for name in drsl_kernels.__all__ if not name.startswith("__")]
     names += [f"drsl_kernels.robustness.{name}" for name in ("pgd", "worst_case", "train")]
+    names += [f"drsl_kernels.robustness.lm.{name}" for name in drsl_kernels.robustness.lm.__all__]
     for name in names:
         assert re.search(rf'id="(module-)?{re.escape(name)}"', site["api"]), name
 
@@ -104,6 +106,11 @@ COMMANDS = {
     "--out runs/attacked": "`test_lab_attack_command.py::test_files`",
     "drsl train --absum 0.1 --out runs/absum": "`test_lab_fourier_commands.py::test_the_commands_of_the_documentation`",
     "drsl attack runs/absum/best.pt --attacks fourier --eps 0.1 --out runs/waves": "the same",
+    "drsl lm": "`test_lm_command.py::test_all_are_there`",
+    "drsl lm --text kjv.txt --tokens bpe --vocabulary 2048 --losses ce,drsl,mixture_of_softmax "
+    "--steps 3000": "`test_lm_command.py::test_found_again_and_made_anew`",
+    "torchrun --nproc-per-node 2 -m drsl_kernels.robustness lm --sharding fsdp "
+    "--out fsdp": "`test_lm_training.py::test_two_processes_are_as_one_with_the_joint_batch`",
 }
 # Commands of these pages need minutes to hours, and some of them images that are not bundled; what runs such options is
 EVIDENCE = (

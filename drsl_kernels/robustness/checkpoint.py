@@ -67,12 +67,16 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     write_atomically(path, write)
 
 
-def load_checkpoint(path: Path | str) -> dict[str, Any]:
+def load_checkpoint(path: Path | str, *, command: str = "drsl train") -> dict[str, Any]:
     """The content of a checkpoint, its tensors on the CPU. Nothing in the file is executed.
+
+    Args:
+        path: of the file.
+        command: what writes such checkpoints, for the messages.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no checkpoint of `drsl train`, or of a later format.
+        ValueError: the file is no checkpoint of that command, or of a later format.
     """
     path = Path(path)
     try:
@@ -84,9 +88,9 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
     except Exception as error:  # what a reader of pickles raises on other files is anything
         # torch's own text begins with advice on how to trust the file nonetheless.
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition("\n")[0].partition(". ")[0]
-        raise ValueError(f"{path} is no checkpoint of drsl train: {reason}") from error
+        raise ValueError(f"{path} is no checkpoint of {command}: {reason}") from error
     if not isinstance(content, dict) or not content.keys() >= _KEYS:
-        raise ValueError(f"{path} is no checkpoint of drsl train: it must be a dict with {', '.join(sorted(_KEYS))}")
+        raise ValueError(f"{path} is no checkpoint of {command}: it must be a dict with {', '.join(sorted(_KEYS))}")
     if content["format"] != FORMAT:
         raise ValueError(f"{path} has format {content['format']!r}, and this version of drsl_kernels reads {FORMAT}")
     return content

@@ -11,6 +11,7 @@ from drsl_kernels import __version__
 
 from .attack_command import attack_command
 from .compare_command import compare_command
+from .lm.command import lm_command
 from .train_command import train_command
 
 __all__ = ["drsl"]
@@ -19,7 +20,7 @@ __all__ = ["drsl"]
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="drsl")
 def drsl() -> None:
-    """Train image classifiers with robust losses, and attack them.
+    """Train image classifiers and language models with robust losses, and attack them.
 
     To begin, run `drsl compare`: it needs no options and no data of yours.
     """
@@ -31,3 +32,4 @@ def drsl() -> None:
 drsl.add_command(compare_command)
 drsl.add_command(train_command)
 drsl.add_command(attack_command)
+drsl.add_command(lm_command)

@@ -1,11 +1,10 @@
 """The outcome of a comparison as a page to read: Markdown, and HTML in one file with every picture inside.
 
-Relies on `report`, and on `pictures` for what was drawn; `commands` relies on it.
+Relies on `report` and `page_parts`, and on `pictures` for what was drawn; `commands` relies on it.
 """
 
 from __future__ import annotations
 
-from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,9 +21,10 @@ from .insight import PLANE_IMAGES
 from .judging import LISTED
 from .losses import BASELINE, TrainingLoss
 from .mean_std import MeanStd
+from .page_parts import STYLE, html_figure, html_list, html_table, markdown_table
 from .pictures import PICTURES
 from .report import accuracies, explanation, felled_by, time_rows
-from .storage import write_atomically
+from .storage import write_text
 
 __all__ = ["PAGES", "write_pages"]
 
@@ -40,15 +40,6 @@ _CAPTIONS: Final = {
     "feature_planes.png": "What the network sees: features of images and of their attacked twins, reduced to a plane.",
     "training_curves.png": "Training, epoch by epoch.",
 }
-
-_STYLE: Final = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { border: 1px solid #bbb; padding: .3rem .7rem; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
-img { max-width: 100%; height: auto; }
-figure { margin: 2rem 0; } figcaption { color: #555; }
-"""
 
 
 @dataclass(frozen=True)
@@ -71,7 +62,7 @@ def write_pages(comparison: Comparison, folder: Path) -> None:
     """Write `PAGES` into the folder that holds the pictures already, each whole or not at all."""
     page = _page(comparison)
     for name, text in zip(PAGES, (_markdown(page), _html(page, folder)), strict=True):
-        write_atomically(folder / name, lambda path, text=text: _write(path, text))  # type: ignore[misc]
+        write_text(folder / name, text)
 
 
 def _page(comparison: Comparison) -> _Page:
@@ -184,20 +175,16 @@ def _markdown(page: _Page) -> str:
     lines = [f"# {page.title}", ""]
     if page.sober:
         lines += ["What to keep in mind first:", "", *(f"- {words}" for words in page.sober), ""]
-    lines += _markdown_table(page.head, page.rows)
+    lines += markdown_table(page.head, page.rows)
     lines += ["", "In %, but for the last lines.", "", *(f"- {words}" for words in page.meaning), ""]
     for heading, said in _lists(page):
         lines += [f"## {heading}", "", *(f"- {words}" for words in said), ""]
     if page.detection:
-        lines += [f"## {_DETECTION}", "", *_markdown_table(page.detection[0], page.detection[1:]), ""]
+        lines += [f"## {_DETECTION}", "", *markdown_table(page.detection[0], page.detection[1:]), ""]
         lines += [*(f"- {words}" for words in page.detected), ""]
     for name in PICTURES:
         lines += [f"![{page.captions[name]}]({name})", ""]
     return "\n".join(lines)
-
-
-def _markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in (head, ["---", *["---:"] * (len(head) - 1)], *rows)]
 
 
 def _lists(page: _Page) -> list[tuple[str, list[str]]]:
@@ -207,35 +194,15 @@ def _lists(page: _Page) -> list[tuple[str, list[str]]]:
 
 
 def _html(page: _Page, folder: Path) -> str:
-    def items(all_words: list[str]) -> str:
-        return "<ul>" + "".join(f"<li>{escape(words)}</li>" for words in all_words) + "</ul>"
-
-    figures = "".join(_figure(folder / name, page.captions[name]) for name in PICTURES)
-    lists = "".join(f"<h2>{escape(heading)}</h2>{items(said)}" for heading, said in _lists(page))
+    figures = "".join(html_figure(folder / name, page.captions[name]) for name in PICTURES)
+    lists = "".join(f"<h2>{escape(heading)}</h2>{html_list(said)}" for heading, said in _lists(page))
     if page.detection:
-        table = _html_table(page.detection[0], page.detection[1:])
-        lists += f"<h2>{escape(_DETECTION)}</h2>{table}{items(page.detected)}"
-    sober = f"<p>What to keep in mind first:</p>{items(page.sober)}" if page.sober else ""
+        table = html_table(page.detection[0], page.detection[1:])
+        lists += f"<h2>{escape(_DETECTION)}</h2>{table}{html_list(page.detected)}"
+    sober = f"<p>What to keep in mind first:</p>{html_list(page.sober)}" if page.sober else ""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>'
-        f"{escape(page.title)}</title><style>{_STYLE}</style></head>\n<body><h1>{escape(page.title)}</h1>\n{sober}\n"
-        f"{_html_table(page.head, page.rows)}\n<p>In %, but for the last lines.</p>\n"
-        f"{items(page.meaning)}\n{lists}\n{figures}\n</body></html>\n"
+        f"{escape(page.title)}</title><style>{STYLE}</style></head>\n<body><h1>{escape(page.title)}</h1>\n{sober}\n"
+        f"{html_table(page.head, page.rows)}\n<p>In %, but for the last lines.</p>\n"
+        f"{html_list(page.meaning)}\n{lists}\n{figures}\n</body></html>\n"
     )
-
-
-def _html_table(head: list[str], rows: list[list[str]]) -> str:
-    cells = "<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead>{cells}</thead><tbody>{body}</tbody></table>"
-
-
-def _figure(path: Path, caption: str) -> str:
-    data = b64encode(path.read_bytes()).decode("ascii")
-    words = escape(caption, quote=True)
-    image = f'<img alt="{words}" src="data:image/png;base64,{data}">'
-    return f"<figure>{image}<figcaption>{words}</figcaption></figure>\n"
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

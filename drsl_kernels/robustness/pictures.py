@@ -1,16 +1,13 @@
 """The outcome of a comparison as pictures.
 
-Relies on `experiment`, `inside_pictures` and matplotlib; `commands` and `page` rely on it.
-
-Colours are those of Okabe and Ito, which people with any kind of colour vision can tell apart; markers and
-outlines say the same again. Of many losses those of one colour differ in their markers and lines.
+Relies on `experiment`, `inside_pictures`, `picture_parts` and matplotlib; `commands` and `page` rely on it.
 """
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from .experiment import Comparison
 from .inside_pictures import distance_and_attack, feature_planes_picture
 from .losses import TrainingLoss
+from .picture_parts import legend_below, line_style
 from .report import explanation
 from .storage import write_atomically
 
@@ -33,12 +31,6 @@ PICTURES: Final = (
     "training_curves.png",
 )
 
-_COLOURS: Final = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2")
-_MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X", "*")  # one more than colours: both together repeat late
-_LINES: Final = ("-", "--", "-.", ":")
-
-# Of a legend, in inches: a letter, what an entry needs beside its letters, a row.
-_LETTER, _ENTRY, _ROW = 0.08, 0.65, 0.2
 _BEFORE, _AFTER = "#56B4E9", "#D55E00"
 
 
@@ -67,13 +59,13 @@ def _robust_accuracy(comparison: Comparison) -> Figure:
             yerr=values.std(axis=0, ddof=1) if len(values) > 1 else None,
             capsize=3,
             label=str(loss),
-            **_style(i),
+            **line_style(i),
         )
     axes.set_xlabel("eps: largest change of a pixel, pixels in [0, 1] (0: no attack)")
     axes.set_ylabel(f"accuracy on {comparison.settings.judging.held_out} images, %")
     axes.set_ylim(-2, 102)
     axes.grid(alpha=0.3)
-    _legend_below(figure, axes, "trained with")
+    legend_below(figure, axes, "trained with")
     words = explanation(comparison)
     axes.set_title(f"{words['robust'].split(';')[0]}\n{words['accuracy']}", fontsize=9)
     figure.suptitle("Accuracy under attack")
@@ -146,29 +138,13 @@ def _training_curves(comparison: Comparison) -> Figure:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
     panels[2].set_visible(bool(panels[2].lines))
-    _legend_below(figure, panels[0], "on the training images; trained with")
+    legend_below(figure, panels[0], "on the training images; trained with")
     return figure
 
 
 def _curve(axes: Axes, epochs: list[int], rows: list[list[float]], i: int, loss: TrainingLoss) -> None:
     """The mean over seeds, and the range of the seeds as a band."""
-    values, style = np.array(rows), _style(i)
+    values, style = np.array(rows), line_style(i)
     every = max(1, len(epochs) // 7)
     axes.plot(epochs, values.mean(axis=0), markevery=every, markersize=4, label=str(loss), **style)
     axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.2, linewidth=0)
-
-
-def _style(i: int) -> dict[str, Any]:
-    """Colour, marker and line of the loss of this index; no two of up to 56 are alike."""
-    turn, colour = divmod(i, len(_COLOURS))
-    line = _LINES[turn % len(_LINES)]
-    return {"color": _COLOURS[colour], "marker": _MARKERS[i % len(_MARKERS)], "linestyle": line}
-
-
-def _legend_below(figure: Figure, axes: Axes, title: str) -> None:
-    """A legend of what `axes` shows below all axes, in rows that fit; the figure grows by these rows."""
-    handles, labels = axes.get_legend_handles_labels()
-    width, height = figure.get_size_inches()
-    columns = max(1, int(width / (_LETTER * max(map(len, labels)) + _ENTRY)))
-    figure.set_size_inches(width, height + _ROW * -(-len(labels) // columns))
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), title=title, fontsize=9)

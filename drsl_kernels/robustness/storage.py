@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["clear_unfinished", "read_json", "write_atomically", "write_json"]
+__all__ = ["clear_unfinished", "read_json", "write_atomically", "write_json", "write_text"]
 
 
 # No file takes so long to write, in seconds: an unfinished one that is older was left by a process that was killed.
@@ -46,7 +46,12 @@ def clear_unfinished(folder: Path) -> None:
 def write_json(path: Path, content: object) -> None:
     """Write JSON that any reader accepts: NaN and infinity are errors."""
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    write_atomically(path, lambda temporary: _write_text(temporary, text))
+    write_text(path, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text in UTF-8, whole or not at all."""
+    write_atomically(path, lambda temporary: _fill(temporary, text))
 
 
 def read_json(path: Path) -> Any:
@@ -65,5 +70,5 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write_text(path: Path, text: str) -> None:
+def _fill(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")

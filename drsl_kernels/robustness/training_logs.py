@@ -1,18 +1,21 @@
 """What a training run writes down for people: one line per epoch in a CSV file, and curves for TensorBoard.
 
-Relies on `storage`, and on the package tensorboard where it is installed; `engine` relies on it.
+Relies on `storage`, and on the package tensorboard where it is installed; `engine` and `lm` rely on it.
 """
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any
 
 from .storage import write_atomically
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 __all__ = ["Curves", "EpochRow", "write_metrics"]
 
@@ -36,15 +39,15 @@ class EpochRow:
     seconds: float
 
 
-_COLUMNS: Final = tuple(EpochRow.__dataclass_fields__)
+def write_metrics(path: Path, rows: Sequence[DataclassInstance]) -> None:
+    """Write the file anew: whoever reads it, and whenever the run is killed, sees whole lines, and each epoch once.
 
-
-def write_metrics(path: Path, rows: Sequence[EpochRow]) -> None:
-    """Write the file anew: whoever reads it, and whenever the run is killed, sees whole lines, and each epoch once."""
+    Its columns are the fields of the rows, of which there is one at least, all of one class.
+    """
 
     def write(temporary: Path) -> None:
         with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
+            writer = csv.DictWriter(file, [field.name for field in fields(rows[0])], lineterminator="\n")
             writer.writeheader()
             writer.writerows(asdict(row) for row in rows)
 
