@@ -148,6 +148,8 @@ def test_what_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen["packed"] == scale.packed_bytes(rows) == 36 * (rows + 1)
     assert gathered.shard.stats.shape == (rows, parts, scale.STATS)
     assert sum(seen.values()) + gathered.shard.stats.nbytes == scale.gathered_bytes(rows, parts)
+    outweighs = [n for n in range(2, 1025) if scale.gathered_bytes(10**6, n) > 2 * 10**6 * scale.CLASSES / n]
+    assert outweighs == list(range(88, 1025)), "as the page says"
 
 
 def test_bytes_at_the_peak_of_whole_logits() -> None:
