@@ -1,8 +1,8 @@
 """Fill the tables of README.md and docs/ from the committed results: `python benchmarks/readme.py`.
 
 With `--check` it compares only. A table stands between `<!-- NAME -->` and `<!-- end NAME -->`. Relies on `targets`,
-`evidence_tables`, benchmarks/results/ and docs/evidence/; a test runs --check, so a number in a table cannot differ
-from the result that it comes from."""
+`evidence_tables`, `scale`, benchmarks/results/ and docs/evidence/; a test runs --check, so a number in a table cannot
+differ from the result that it comes from."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import click
 from evidence_tables import comparison_table, detection_table, noise_table, regularizer_table
 from evidence_tables import percent as _percent
 from evidence_tables import table_row as _row
+from scale import tables as scale_tables
 from targets import Target, targets
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +32,7 @@ def main(check: bool) -> None:
     speed = {"kernels": kernel_table(), "prediction": prediction_table()}
     bottleneck = {"bottleneck": bottleneck_table(), "ranks": rank_table()}
     pages = {"README.md": readme, "docs/speed.md": speed, "docs/evidence/softmax_bottleneck.md": bottleneck}
+    pages["docs/scale.md"] = scale_tables()
     for name, tables in (pages | evidence_pages()).items():
         path = ROOT / name
         old = path.read_text()

@@ -99,6 +99,7 @@ COMMANDS = {
     "pip install --no-build-isolation .": "make install, which each run of the tests begins with",
     "DRSL_KERNELS_BUILD=0 pip install --no-build-isolation .": "`test_build.py::test_pure_python_wheel_on_request`",
     "python benchmarks/gpu_suite.py --out gpu_results": "`test_gpu_suite.py::test_a_dry_run`",
+    "python benchmarks/scale.py": "`test_scale.py::test_the_script`",
     "torchrun --standalone --nproc-per-node=2 train.py": "`test_clients.py::test_distributed`",
     "drsl train --loss non_target_logits --out runs/drsl": "`test_lab_resume.py::test_the_command_killed`",
     "drsl train --loss ce --out runs/ce": "`test_lab_resume.py::test_the_command_killed`",
