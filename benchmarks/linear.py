@@ -1,8 +1,8 @@
 """Time and peak memory of the fused linear loss on the CPU: `python benchmarks/linear.py --out FILE.json`.
 
 Forward and backward of output layer and loss, against logits that are stored whole and against PyTorch's own
-`F.linear_cross_entropy`, plain cross-entropy without a penalty, with its defaults and in chunks. Times are taken in turns
-in one process, memory in a process of its own for each contender. Relies on `machine`.
+`F.linear_cross_entropy`, plain cross-entropy without a penalty, with its defaults and in chunks. Times are taken in
+turns in one process, memory in a process of its own for each contender. Relies on `machine`.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ def main(check: bool) -> None:
     bottleneck = {"bottleneck": bottleneck_table(), "ranks": rank_table()}
     pages = {"README.md": readme, "docs/speed.md": speed, "docs/evidence/softmax_bottleneck.md": bottleneck}
     pages["docs/scale.md"] = scale_tables()
+    pages["docs/language_model_heads.md"] = {"linear": linear_table()}
     for name, tables in (pages | evidence_pages()).items():
         path = ROOT / name
         old = path.read_text()
@@ -95,6 +96,26 @@ def demo_table() -> str:
     lines.append(_row(["seconds per epoch", *[f"{c['seconds_per_epoch']:.4f}" for c in columns]]))
     lines.append(_row(["ratio to `F.cross_entropy`", *[f"{c['ratio_to_cross_entropy']:.2f}" for c in columns]]))
     return "\n".join(lines) + "\n"
+
+
+def linear_table() -> str:
+    """Time and memory of output layer and loss, of every contender."""
+    result = json.loads((RESULTS / "cpu_linear.json").read_text())
+    lines = [_row(["classes", "", "seconds", "MiB", "of the logits"]), _row(["---:", "---", "---:", "---:", "---:"])]
+    for case in result["cases"]:
+        logits = case["tokens"] * case["classes"] * {"float32": 4, "bfloat16": 2}[case["dtype"]]
+        for name, seconds in case["seconds"].items():
+            size = case["bytes"][name]
+            shown = name if name.startswith("F.") is False else f"`{name}`"
+            share = f"{100 * size / logits:.0f}%"
+            lines.append(_row([f"{case['classes']:,}", shown, f"{seconds:.2f}", f"{size / 2**20:.0f}", share]))
+    case, where = result["cases"][0], result["where"]
+    notes = (
+        f"{case['tokens']} tokens of width {case['width']}, {case['dtype']}, medians of {result['rounds']} rounds in\n"
+        f"which all take turns. {where['processor']}, {result['threads']} threads, torch {where['torch']}, "
+        f"{where['date'][:10]}, commit {where['commit']}."
+    )
+    return "\n".join(lines) + f"\n\n{notes}\n"
 
 
 def bottleneck_table() -> str:

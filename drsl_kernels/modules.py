@@ -93,8 +93,8 @@ class FusedLinearDRSLLoss(nn.Module):
     is a `tau` given as a tensor (a parameter if it is an `nn.Parameter`).
 
     Args:
-        tau, class_weight, distance, ignore_index, reduction, label_smoothing, logit_scale, softcap, memory_budget,
-            backend: as in `fused_linear_drsl_loss`.
+        tau, class_weight, distance, ignore_index, reduction, label_smoothing: as in `fused_linear_drsl_loss`.
+        logit_scale, softcap, memory_budget, backend: as in `fused_linear_drsl_loss`.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `fused_linear_drsl_loss`.

@@ -152,6 +152,27 @@ def test_hugging_face() -> None:
     assert counts[2:] == [8] * 8
 
 
+def test_language_model_heads() -> None:
+    variables = page("language_model_heads").variables
+    trainer, model, tokens = variables["trainer"], variables["model"].eval(), variables["tokens"][:8].clone()
+    falls = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(falls) == 4
+    assert falls[-1] < 0.7 * falls[0]
+
+    labels = tokens.clone()
+    labels[:, :5] = -100
+    batch = {"input_ids": tokens, "labels": labels}
+    model.zero_grad()
+    loss, outputs = trainer.compute_loss(model, batch, return_outputs=True)
+    assert outputs.logits.shape[1] == 0
+    loss.backward()
+    got = gradients(model)
+    logits, y = model(tokens).logits[:, 4:-1].flatten(0, 1), labels[:, 5:].flatten()
+    want, _, _ = loss_and_gradient(logits, y, tau=0.1, distance="uniform")
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    assert_gradients(got, textbook_gradients(model, logits, y, tau=0.1, distance="uniform"))
+
+
 def test_lightning() -> None:
     import lightning
 

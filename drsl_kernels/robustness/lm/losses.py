@@ -1,6 +1,6 @@
 """What language models are trained with, by name, and the one function through which a head's loss goes.
 
-Relies on `drsl_kernels.softmax_loss` and the names of `..losses`; `model` and the reports rely on it.
+Relies on `drsl_kernels.fused_linear_softmax_loss` and the names of `..losses`; `model` and the reports rely on it.
 """
 
 from __future__ import annotations
@@ -8,10 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from drsl_kernels import softmax_loss
+from drsl_kernels import fused_linear_softmax_loss
 from drsl_kernels.spec import DISTANCES
 
 from ..losses import ALIASES, BASELINE, LOSS_NAMES, SIGSOFTMAX, SMOOTHED, TrainingLoss
@@ -105,6 +104,5 @@ def linear_head_loss(hidden: Tensor, weight: Tensor, y: Tensor, loss: LanguageLo
         y: shape (...), int64.
         loss: one without a mixture.
     """
-    logits = F.linear(hidden.flatten(0, -2), weight)
-    value: Tensor = softmax_loss(logits, y.flatten(), **loss.arguments())
+    value: Tensor = fused_linear_softmax_loss(hidden, weight, y, **loss.arguments())
     return value
