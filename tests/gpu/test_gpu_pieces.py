@@ -133,7 +133,7 @@ def spread_over_processes(rank: int, processes: int, folder: str, device_type: s
 
         leaves = [hidden.clone().requires_grad_(), weight[first:last].clone().requires_grad_()]
         loss = fused_linear_drsl_loss(
-            *leaves, y, 0.4, group=dist.group.WORLD, first_class=first, memory_budget=4 * 4 * classes, backend=backend
+            *leaves, y, 0.4, group=dist.group.WORLD, first_class=first, memory_budget=5 * 4 * classes, backend=backend
         )
         close(loss, want)
         gradients = torch.autograd.grad(loss, leaves)
