@@ -7,13 +7,14 @@ network. Stages, each in processes of its own and within its time:
     test       pytest, the tests marked `gpu`, on both GPU backends
     sanitize   compute-sanitizer's memcheck and racecheck over small and awkward inputs
     bench      speed against PyTorch, torch.compile and the peers that are installed, and against a plain copy
+    linear     time and peak memory of a language model's head: the fused linear loss, whole logits, and the peers
     profile    ncu on one call per backend and size
 
 A stage that fails or runs out of time is reported, and the next ones run. DIR gets results.json (kept up to date while
-the suite runs), results.csv, a picture per regime, suite.log and what ncu printed; the targets come last on standard
-output. The exit status is 1 if a stage failed, and 130 if Ctrl-C or SIGTERM ended the suite, which still writes and
-prints what there is. `--dry-run` does all of it on the CPU: tiny sizes, Triton's interpreter,
-recorded output of the tools that need a GPU. Its figures mean nothing and say so.
+the suite runs), results.csv, linear.csv, a picture per regime, suite.log and what ncu printed; the targets come last on
+standard output. The exit status is 1 if a stage failed, and 130 if Ctrl-C or SIGTERM ended the suite, which still
+writes and prints what there is. `--dry-run` does all of it on the CPU: tiny sizes, Triton's interpreter, recorded
+output of the tools that need a GPU. Its figures mean nothing and say so.
 
 Relies on the modules of benchmarks/gpu/.
 """
@@ -38,8 +39,8 @@ from gpu.tools import ROOT, Result, find_tool, parse_junit, parse_ncu, parse_san
 
 BENCHMARKS = Path(__file__).parent
 SAMPLES = BENCHMARKS / "gpu" / "samples"
-BUDGETS = {"build": 120, "test": 120, "sanitize": 60, "bench": 180, "profile": 40}  # seconds
-DRY_BUDGETS = {"build": 30, "test": 60, "sanitize": 60, "bench": 60, "profile": 30}
+BUDGETS = {"build": 120, "test": 120, "sanitize": 60, "bench": 180, "linear": 60, "profile": 40}  # seconds
+DRY_BUDGETS = {"build": 30, "test": 60, "sanitize": 60, "bench": 60, "linear": 30, "profile": 30}
 TEST_PROCESSES = 14
 SANITIZE_PARTS = 5  # processes per tool; no divisor of the number of dtypes times backends, so that each gets of all
 SANITIZERS = ("memcheck", "racecheck")
@@ -171,6 +172,7 @@ def finish(suite: Suite, commit: str | None) -> None:
     versions = results.get("versions", {}) | ({"commit": commit} if commit else {})
     results = store.update(suite.out, targets=rows, versions=versions)
     report.write_csv(results, suite.out / "results.csv")
+    report.write_linear_csv(results, suite.out / "linear.csv")
     drawn = report.draw(results, suite.out)
     if not drawn:
         print("no pictures: matplotlib is not installed, or nothing was measured")
@@ -280,6 +282,18 @@ def bench(suite: Suite) -> Outcome:
     return Outcome(failure or ("" if measured else "nothing was measured"), note=note)
 
 
+def linear(suite: Suite) -> Outcome:
+    """The benchmark ends by itself before its time is over, and keeps each case as it goes."""
+    seconds = suite.budgets["linear"]
+    options = ["--out", suite.out, "--device", suite.device, "--seconds", str(0.8 * seconds - 5)]
+    result = suite.run(suite.module("linear", *options), seconds)
+    cases = store.read(suite.out).get("linear", {}).get("cases", [])
+    measured = sum("times" in case for case in cases)
+    note = f"{measured} of {len(cases)} vocabularies measured"
+    failure = result.failure and f"{result.failure}: {last_line(result)}"
+    return Outcome(failure or ("" if measured else "nothing was measured"), note=note)
+
+
 def profile(suite: Suite) -> Outcome:
     """ncu on the calls that gpu/exercise.py announces."""
     tool = find_tool("ncu")
@@ -307,6 +321,7 @@ STAGES: dict[str, Callable[[Suite], Outcome]] = {
     "test": test,
     "sanitize": sanitize,
     "bench": bench,
+    "linear": linear,
     "profile": profile,
 }
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-STAGES = ("build", "machine", "test", "sanitize", "bench", "profile")
+STAGES = ("build", "machine", "test", "sanitize", "bench", "linear", "profile")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,6 +42,7 @@ def test_a_dry_run(tmp_path: Path) -> None:
         check_where_and_with_what_it_ran,
         check_the_gpu_tests_themselves_work,
         check_every_contender_was_measured_and_agrees,
+        check_the_linear_losses_were_measured_and_agree,
         check_the_table_comes_last,
     ):
         check(done.stdout, tmp_path, results)
@@ -182,11 +183,36 @@ def test_targets_are_held_against_the_worst_case() -> None:
     assert [r["met"] for r in targets({"test": {"tests": tests}}) if "graph" in r["target"]] == [False]
 
 
+def test_targets_of_linear_losses() -> None:
+    from gpu.report import targets
+
+    def case(classes: int, ours: float, peak: int | None, **more: Any) -> dict[str, Any]:
+        seconds = {"whole logits": 2.0, "drsl": ours, "drsl plain": ours, "liger": 1.5, "F.cross_entropy": 0.1}
+        times = {name: {"median": s, "over whole logits": s / 2.0} for name, s in seconds.items()}
+        peaks = {"whole logits": 100, "drsl": peak}
+        return {"name": str(classes), "classes": classes, "times": times, "peak_bytes": peaks, "disagrees": {}, **more}
+
+    def target(cases: list[dict[str, Any]], name: str) -> dict[str, Any]:
+        return next(row for row in targets({"linear": {"cases": cases}}) if row["target"].startswith(name))
+
+    row = target([case(10, 1.0, 99), case(128256, 2.4, 50)], "linear: time")
+    assert (row["default"], row["default at"], row["met"]) == (1.2, "128256", False)
+    peer = "linear, plain: time over the fastest peer"
+    assert target([case(10, 1.4, 99)], peer)["met"] is True
+    assert target([case(10, 1.6, 99)], peer)["met"] is False
+    assert target([case(10, 1.6, 99, disagrees={"liger": "wrong"})], peer)["met"] is None
+    memory = "linear, large: memory over whole logits"
+    assert target([case(10, 1.0, 99), case(128256, 1.0, 50)], memory)["met"] is True
+    assert target([case(128256, 1.0, 70)], memory)["met"] is False
+    assert target([case(10, 1.0, 50), case(128256, 1.0, None)], memory)["met"] is None
+
+
 def check_every_stage_ran_and_every_file_is_there(printed: str, out: Path, results: dict[str, Any]) -> None:
     assert set(results["stages"]) == set(STAGES)
     assert not any(stage["failure"] for stage in results["stages"].values())
     files = {path.name for path in out.iterdir()}
-    assert files == {"results.json", "results.csv", "latency.png", "bandwidth.png", "suite.log", "ncu.txt"}
+    written = {"results.json", "results.csv", "linear.csv", "latency.png", "bandwidth.png", "suite.log", "ncu.txt"}
+    assert files == written
 
 
 def check_a_dry_run_says_that_it_is_one(printed: str, out: Path, results: dict[str, Any]) -> None:
@@ -230,6 +256,20 @@ def check_every_contender_was_measured_and_agrees(printed: str, out: Path, resul
     assert [row["contender"] for row in rows] == measured
 
 
+def check_the_linear_losses_were_measured_and_agree(printed: str, out: Path, results: dict[str, Any]) -> None:
+    linear = results["linear"]
+    for case in linear["cases"]:
+        assert {"whole logits", "F.cross_entropy", "drsl", "drsl plain", "drsl triton plain"} <= set(case["times"])
+        assert not case["disagrees"]
+        assert all(0 < t["q1"] <= t["median"] <= t["q3"] for t in case["times"].values())
+        assert case["times"]["whole logits"]["over whole logits"] == 1
+        assert set(case["left_out"]) == {"drsl cuda", "drsl cuda plain"}
+    assert {"liger", "cut-cross-entropy"} <= set(linear["left_out"])
+    rows = table(out, "linear.csv")
+    assert [row["contender"] for row in rows] == [name for case in linear["cases"] for name in case["times"]]
+    assert all(row["dry_run"] == "True" for row in rows)
+
+
 def check_the_table_comes_last(printed: str, out: Path, results: dict[str, Any]) -> None:
     lines = printed.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("target"))
@@ -249,6 +289,6 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def table(out: Path) -> list[dict[str, str]]:
-    with (out / "results.csv").open() as file:
+def table(out: Path, name: str = "results.csv") -> list[dict[str, str]]:
+    with (out / name).open() as file:
         return list(csv.DictReader(file))

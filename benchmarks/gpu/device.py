@@ -1,7 +1,7 @@
 """Where the suite measures: a CUDA device, timed by its events, or the CPU, timed by the host's clock.
 
 Both have the same methods, so that a dry run on the CPU goes through the code that measures. Relies on torch;
-`bench` and `exercise` rely on it.
+`bench`, `linear` and `exercise` rely on it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ class Device(Protocol):
 
     def launches(self, run: Run) -> int:
         """Kernels, copies and fills that `run` starts."""
+
+    def peak(self, run: Run) -> int | None:
+        """Bytes that `run` takes at its peak, above what is there before; None where memory is not counted."""
 
     def synchronize(self) -> None: ...
 
@@ -86,6 +89,14 @@ class Cuda:
             torch.cuda.synchronize()
         return sum(event.device_type == DeviceType.CUDA for event in seen.events())
 
+    def peak(self, run: Run) -> int | None:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
@@ -122,6 +133,10 @@ class Cpu:
         with profile(activities=[ProfilerActivity.CPU]) as seen:
             run()
         return sum(event.device_type == DeviceType.CPU for event in seen.events())
+
+    def peak(self, run: Run) -> int | None:
+        run()
+        return None
 
     def synchronize(self) -> None:
         pass

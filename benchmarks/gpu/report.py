@@ -11,12 +11,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from .store import COPY, FORWARD_BACKWARD, PLAIN_BASE
+from .store import COPY, FORWARD_BACKWARD, PLAIN_BASE, WHOLE_LOGITS
 
 Row = dict[str, Any]
 
 DRY_RUN = "DRY RUN ON THE CPU: these figures mean nothing"
 COPY_LIMIT, EAGER_LIMIT = 1.25, 0.7
+# Over whole logits. With a large vocabulary the memory is mostly that of the weight's gradient in float32, half of what
+# the logits take with theirs.
+LINEAR_LIMIT, LINEAR_MEMORY_LIMIT = 1.1, 0.6
+LARGE_VOCABULARY = 128256
 BACKENDS = {"": "default", " triton": "triton", " cuda": "cuda"}  # suffix of the contender -> column
 
 # Target -> what the names of its tests contain.
@@ -43,6 +47,25 @@ def write_csv(results: Row, path: Path) -> None:
                     writer.writerow(line + ratios)
 
 
+def write_linear_csv(results: Row, path: Path) -> None:
+    """One line per vocabulary and contender; times in milliseconds, memory in MiB."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        facts, times = ["tokens", "width", "classes", "dtype"], ["q1_ms", "median_ms", "q3_ms"]
+        writer.writerow(["dry_run", *facts, "contender", *times, "samples", f"over {WHOLE_LOGITS}", "peak_mib"])
+        for case in measured_linear(results):
+            for name, t in case["times"].items():
+                milliseconds = [f"{1e3 * t[key]:.3f}" for key in ("q1", "median", "q3")]
+                ratio = f"{t[f'over {WHOLE_LOGITS}']:.4f}" if f"over {WHOLE_LOGITS}" in t else ""
+                peak = case["peak_bytes"][name]
+                line = [results["dry_run"], *(case[f] for f in facts), name, *milliseconds, t["samples"], ratio]
+                writer.writerow([*line, "" if peak is None else f"{peak / 2**20:.1f}"])
+
+
+def measured_linear(results: Row) -> list[Row]:
+    return [case for case in results.get("linear", {}).get("cases", []) if case.get("times")]
+
+
 def measured(results: Row) -> list[Row]:
     return [case for case in results.get("bench", {}).get("cases", []) if case.get("works")]
 
@@ -61,7 +84,17 @@ def targets(results: Row) -> list[Row]:
         rows.append(_row(f"{case['name']}: over {PLAIN_BASE}", EAGER_LIMIT, [case], _over("", PLAIN_BASE)))
     counted = [case for case in cases if case.get("launches") and case["regime"] == "latency"]
     rows.append(_row(f"launches less those of {PLAIN_BASE}", -1, counted, _launches_less))
+    rows += _linear_targets(measured_linear(results))
     return rows + [_tested(results, target, word) for target, word in TESTED.items()]
+
+
+def _linear_targets(cases: list[Row]) -> list[Row]:
+    large = [case for case in cases if case["classes"] >= LARGE_VOCABULARY]
+    return [
+        _row(f"linear: time over {WHOLE_LOGITS}", LINEAR_LIMIT, cases, _linear_time),
+        _row("linear, plain: time over the fastest peer", 1.0, cases, _linear_over_peer),
+        _row(f"linear, large: memory over {WHOLE_LOGITS}", LINEAR_MEMORY_LIMIT, large, _linear_memory),
+    ]
 
 
 def _row(target: str, limit: float, cases: list[Row], figure: Callable[[Row, str], float | None]) -> Row:
@@ -91,6 +124,26 @@ def _over_fastest_peer(case: Row, suffix: str) -> float | None:
     there = [times[name]["median"] for name in peers if name in times and name not in case["disagrees"]]
     ours = times.get(f"drsl{suffix} plain")
     return ours["median"] / min(there) if ours and there else None
+
+
+def _linear_time(case: Row, suffix: str) -> float | None:
+    ratio: float | None = case["times"].get(f"drsl{suffix}", {}).get(f"over {WHOLE_LOGITS}")
+    return ratio
+
+
+def _linear_over_peer(case: Row, suffix: str) -> float | None:
+    """Of those that do not store the logits."""
+    times = case["times"]
+    peers = ("F.linear_cross_entropy, chunked", "liger", "cut-cross-entropy")
+    there = [times[name]["median"] for name in peers if name in times and name not in case["disagrees"]]
+    ours = times.get(f"drsl{suffix} plain")
+    return ours["median"] / min(there) if ours and there else None
+
+
+def _linear_memory(case: Row, suffix: str) -> float | None:
+    peaks = case["peak_bytes"]
+    ours, whole = peaks.get(f"drsl{suffix}"), peaks.get(WHOLE_LOGITS)
+    return ours / whole if ours is not None and whole else None
 
 
 def _launches_less(case: Row, suffix: str) -> float | None:

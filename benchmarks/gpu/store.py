@@ -14,6 +14,7 @@ NAME = "results.json"
 # Words of the result that more than one module uses
 PLAIN_BASE = "F.cross_entropy"
 COPY = "copy"
+WHOLE_LOGITS = "whole logits"
 FORWARD_BACKWARD = "forward+backward"
 
 
