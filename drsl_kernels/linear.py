@@ -6,7 +6,7 @@ Relies on `linear_ops`; `modules` relies on it.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -32,10 +32,70 @@ from .spec import (
 
 if TYPE_CHECKING:  # a build without processes lacks it
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
 __all__ = ["check_layer_numbers", "fused_linear_drsl_loss", "fused_linear_softmax_loss"]
 
 
+class _Options(TypedDict, total=False):
+    bias: Tensor | None
+    class_weight: Tensor | None
+    ignore_index: int
+    reduction: Reduction
+    label_smoothing: float
+    logit_scale: float
+    softcap: float | None
+    memory_budget: int | None
+    group: ProcessGroup | None
+    first_class: int | None
+    backend: BackendName | None
+
+
+class _DRSLOptions(_Options, total=False):
+    distance: Distance
+
+
+class _MemberOptions(_Options, total=False):
+    truth: Truth
+    q: float
+    threshold: float
+    distance: Distance | None
+    tau: Tensor | float
+    margin: Tensor | float
+    scale: float
+    activation: Activation
+
+
+@overload
+def fused_linear_drsl_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    tau: Tensor | float,
+    *,
+    return_stats: Literal[False] = ...,
+    **options: Unpack[_DRSLOptions],
+) -> Tensor: ...
+@overload
+def fused_linear_drsl_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    tau: Tensor | float,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[_DRSLOptions],
+) -> tuple[Tensor, LossStats]: ...
+@overload
+def fused_linear_drsl_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    tau: Tensor | float,
+    *,
+    return_stats: bool = ...,
+    **options: Unpack[_DRSLOptions],
+) -> Tensor | tuple[Tensor, LossStats]: ...
 def fused_linear_drsl_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -88,6 +148,18 @@ def fused_linear_drsl_loss(
     )
 
 
+@overload
+def fused_linear_softmax_loss(
+    hidden: Tensor, weight: Tensor, y: Tensor, *, return_stats: Literal[False] = ..., **options: Unpack[_MemberOptions]
+) -> Tensor: ...
+@overload
+def fused_linear_softmax_loss(
+    hidden: Tensor, weight: Tensor, y: Tensor, *, return_stats: Literal[True], **options: Unpack[_MemberOptions]
+) -> tuple[Tensor, LossStats]: ...
+@overload
+def fused_linear_softmax_loss(
+    hidden: Tensor, weight: Tensor, y: Tensor, *, return_stats: bool = ..., **options: Unpack[_MemberOptions]
+) -> Tensor | tuple[Tensor, LossStats]: ...
 def fused_linear_softmax_loss(
     hidden: Tensor,
     weight: Tensor,

@@ -134,7 +134,7 @@ class FusedLinearDRSLLoss(nn.Module):
 
     def forward(self, hidden: Tensor, weight: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
         """The loss of hidden (..., H) against class indices y (...), as in `fused_linear_drsl_loss`."""
-        loss = fused_linear_drsl_loss(
+        return fused_linear_drsl_loss(
             hidden,
             weight,
             y,
@@ -150,8 +150,6 @@ class FusedLinearDRSLLoss(nn.Module):
             memory_budget=self.memory_budget,
             backend=self.backend,
         )
-        assert isinstance(loss, Tensor)
-        return loss
 
     def extra_repr(self) -> str:
         """The arguments that differ from the defaults, and tau."""

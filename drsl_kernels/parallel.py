@@ -6,7 +6,7 @@ Relies on `shards`. A head that is spread as well, and never stores its logits, 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -32,10 +32,52 @@ from .spec import (
 
 if TYPE_CHECKING:  # a build without processes lacks it
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
 __all__ = ["parallel_drsl_loss", "parallel_softmax_loss"]
 
 
+class _Options(TypedDict, total=False):
+    ignore_index: int
+    reduction: Reduction
+    label_smoothing: float
+    group: ProcessGroup | None
+    first_class: int | None
+    backend: BackendName | None
+
+
+class _DRSLOptions(_Options, total=False):
+    distance: Distance
+
+
+class _MemberOptions(_Options, total=False):
+    truth: Truth
+    q: float
+    threshold: float
+    distance: Distance | None
+    tau: Tensor | float
+    margin: float
+    scale: float
+    activation: Activation
+
+
+@overload
+def parallel_drsl_loss(
+    logits: Tensor,
+    y: Tensor,
+    tau: Tensor | float,
+    *,
+    return_stats: Literal[False] = ...,
+    **options: Unpack[_DRSLOptions],
+) -> Tensor: ...
+@overload
+def parallel_drsl_loss(
+    logits: Tensor, y: Tensor, tau: Tensor | float, *, return_stats: Literal[True], **options: Unpack[_DRSLOptions]
+) -> tuple[Tensor, LossStats]: ...
+@overload
+def parallel_drsl_loss(
+    logits: Tensor, y: Tensor, tau: Tensor | float, *, return_stats: bool = ..., **options: Unpack[_DRSLOptions]
+) -> Tensor | tuple[Tensor, LossStats]: ...
 def parallel_drsl_loss(
     logits: Tensor,
     y: Tensor,
@@ -74,6 +116,18 @@ def parallel_drsl_loss(
     )
 
 
+@overload
+def parallel_softmax_loss(
+    logits: Tensor, y: Tensor, *, return_stats: Literal[False] = ..., **options: Unpack[_MemberOptions]
+) -> Tensor: ...
+@overload
+def parallel_softmax_loss(
+    logits: Tensor, y: Tensor, *, return_stats: Literal[True], **options: Unpack[_MemberOptions]
+) -> tuple[Tensor, LossStats]: ...
+@overload
+def parallel_softmax_loss(
+    logits: Tensor, y: Tensor, *, return_stats: bool = ..., **options: Unpack[_MemberOptions]
+) -> Tensor | tuple[Tensor, LossStats]: ...
 def parallel_softmax_loss(
     logits: Tensor,
     y: Tensor,
