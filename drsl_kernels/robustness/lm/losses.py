@@ -104,4 +104,5 @@ def linear_head_loss(hidden: Tensor, weight: Tensor, y: Tensor, loss: LanguageLo
         y: shape (...), int64.
         loss: one without a mixture.
     """
-    return fused_linear_softmax_loss(hidden, weight, y, return_stats=False, **loss.arguments())
+    value: Tensor = fused_linear_softmax_loss(hidden, weight, y, return_stats=False, **loss.arguments())
+    return value
