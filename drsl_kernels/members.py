@@ -64,7 +64,7 @@ def gce_loss(
 
     Its gradient is that of cross-entropy times :math:`p_y^q`: labels that the model finds unlikely weigh less, and at
     p_y = 0 the gradient is 0 and finite. With a threshold k the loss is the truncated one: labels less likely than k
-    weigh nothing at all, as if their rows had been taken out.
+    have a constant loss, (1 - k^q) / q, and no gradient. Their rows still count in the mean.
 
     Args:
         q: in (0, 1] (no less than 1e-30). At 1 the loss is half of `mae_loss`.

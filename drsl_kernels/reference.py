@@ -165,7 +165,9 @@ def truth(stats: RowStats, spec: LossSpec) -> Tensor:
         return _where(log_power < -1.0, 1.0 - log_power.exp(), -log_power.expm1()) / spec.q
     if spec.truth == "mae":
         return 2.0 * _sigmoid(stats.delta)
-    return stats.delta
+    if spec.truth == "log_odds":
+        return stats.delta
+    raise NotImplementedError(f"truth {spec.truth!r} has no formula here")
 
 
 def distance(stats: RowStats, name: str, soft: bool = False) -> Tensor:

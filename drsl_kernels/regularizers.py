@@ -167,6 +167,8 @@ def _kernel_sums(weight: Tensor, *, keepdim: bool = False) -> Tensor:
 
 def _convolutions(model: nn.Module | Iterable[nn.Module]) -> list[_ConvNd]:
     """The convolutions in a module or in several, each once."""
+    if not isinstance(model, nn.Module | Iterable):
+        raise TypeError(f"model must be a module or several, got {type(model).__name__}")
     modules = [model] if isinstance(model, nn.Module) else list(model)
     for module in modules:
         if not isinstance(module, nn.Module):
