@@ -182,6 +182,19 @@ class TestSteps:
     def test_no_step_at_radius_zero(self, model: nn.Module, images: Images) -> None:
         assert masking.rises_with_steps(model, *images, 0.0).outcome == "not run"
 
+    def test_one_image_more_that_is_right_is_chance(
+        self, model: nn.Module, images: Images, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def after(right: float) -> masking.Check:
+            found = iter([(1.0, 0.9), (2.0, 0.4), (2.1, 0.4), (2.2, right)])
+            monkeypatch.setattr(masking, "_after_steps", lambda *_: next(found))
+            return masking.rises_with_steps(model, *(part[:32] for part in images), 0.1)
+
+        assert after(0.4 + 1 / 32).outcome == "passed"
+        check = after(0.4 + 2 / 32)
+        assert check.outcome == "warning"
+        assert "40.0 % are right after 1 step and 46.2 % after 20" in check.sentence
+
 
 def outcome(
     name: str, fell: list[int], *, eps: float = 0.1, black_box: bool = False, restarts: int = 1

@@ -356,6 +356,8 @@ class TestErrors:
             call(nn.Linear(2, 2))
         with pytest.raises(ValueError, match=r"model must have a convolution, .* got no module"):
             call([])
+        with pytest.raises(TypeError, match="model must be a module or several, got int"):
+            absum_penalty(3)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="model must be a module or several, got Tensor among them"):
             call([nn.Conv2d(1, 1, 1), torch.ones(2)])
 
