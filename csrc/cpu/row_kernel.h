@@ -29,7 +29,7 @@ DRSL_FN int64_t padded(int64_t classes) {
 
 template <class S>
 DRSL_FN int64_t block_rows(int64_t classes) {
-  const int64_t fit = kChunkElements / padded<S>(classes);
+  const int64_t fit = kChunkElements / padded<S>(classes < 1 ? 1 : classes);
   return fit < 1 ? 1 : fit > Vec<S>::kLanes ? Vec<S>::kLanes : fit;
 }
 
