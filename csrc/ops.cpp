@@ -193,8 +193,8 @@ auto make_node() {
 Config make_config(double tau_value, int64_t truth, double q, int64_t distance, double scale, double margin,
                    int64_t ignore_index, int64_t reduction, double label_smoothing, bool soft, double threshold,
                    int64_t activation) {
-  TORCH_CHECK(truth >= 0 && truth < kTruths, "truth has code ", truth);
-  TORCH_CHECK(distance >= 0 && distance < kDistances, "distance has code ", distance);
+  TORCH_CHECK(truth >= 0 && truth < kTruthCount, "truth has code ", truth);
+  TORCH_CHECK(distance >= 0 && distance < kDistanceCount, "distance has code ", distance);
   TORCH_CHECK(activation >= 0 && activation <= static_cast<int64_t>(Activation::sigsoftmax), "activation has code ",
               activation);
   TORCH_CHECK(reduction >= 0 && reduction <= static_cast<int64_t>(Reduction::sum), "reduction has code ", reduction);

@@ -55,7 +55,7 @@
 namespace drsl {
 
 enum class Truth : int { ce = 0, gce = 1, mae = 2, log_odds = 3 };
-constexpr int kTruths = 4;
+constexpr int kTruthCount = 4;
 
 // Whose p the loss is of: softmax(z), or sigsoftmax(z), which is the softmax of u = z + log sigmoid(z).
 enum class Activation : int { softmax = 0, sigsoftmax = 1 };
@@ -69,7 +69,7 @@ enum class Distance : int {
   kl = 5,
   kl_softmax = 6,  // KL(uniform || p) over all classes: what kl is for class probabilities. Always the last
 };
-constexpr int kDistances = 7;
+constexpr int kDistanceCount = 7;
 
 // Whether a distance reads A2, and whether it reads mu and V.
 constexpr bool needs_squares(Distance d) {
