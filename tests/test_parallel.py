@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,13 @@ MEMBERS: tuple[dict[str, Any], ...] = (
 )
 
 
-def _case() -> tuple[Tensor, Tensor]:
-    """Logits with masked classes, and labels that are all among the first process's classes, one of them ignored."""
+def _case(label_classes: int = CLASSES) -> tuple[Tensor, Tensor]:
+    """Logits with masked classes, and labels among the first so many classes, one of them ignored."""
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(ROWS, CLASSES, generator=generator) * 3
     z[3, 1:30] = -torch.inf
-    y = torch.randint(CLASSES // PROCESSES, (ROWS,), generator=generator)
-    y[2], y[3] = -100, 0
+    y = torch.randint(label_classes, (ROWS,), generator=generator)
+    y[1], y[2], y[3] = label_classes - 1, -100, 0
     return z, y
 
 
@@ -51,8 +51,12 @@ def _close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6 * scale)
 
 
-def _logits(group: Any, parts: int, rank: int) -> None:
-    z, y = _case()
+# Among all classes, and all of them the first process's: the others hold no label then.
+LABELS = (CLASSES, CLASSES // PROCESSES)
+
+
+def _logits(group: Any, parts: int, rank: int, label_classes: int) -> None:
+    z, y = _case(label_classes)
     first, last = _own_range(parts, rank)
     for member in MEMBERS:
         for reduction in ("mean", "sum", "none"):
@@ -72,11 +76,11 @@ def _logits(group: Any, parts: int, rank: int) -> None:
                 _close(*(torch.autograd.grad(x, tau, upstream)[0] for x in (loss, expected)))
 
 
-def _linear(group: Any, parts: int, rank: int) -> None:
+def _linear(group: Any, parts: int, rank: int, label_classes: int) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = ((ROWS, WIDTH), (CLASSES, WIDTH), (CLASSES,))
     whole = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
-    _, y = _case()
+    _, y = _case(label_classes)
     first, last = _own_range(parts, rank)
     own = [whole[0].detach().clone(), *(x.detach()[first:last].clone() for x in whole[1:])]
     own = [x.requires_grad_() for x in own]
@@ -145,17 +149,14 @@ def _process(rank: int, folder: str, failures: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    jobs: tuple[Callable[[], None], ...] = (
-        lambda: _logits(None, PROCESSES, rank),
-        lambda: _logits(pairs[rank // 2], 2, rank % 2),
-        lambda: _linear(dist.group.WORLD, PROCESSES, rank),
-        lambda: _linear(pairs[rank // 2], 2, rank % 2),
-        _distributed_tensors,
-        lambda: _errors(rank),
-    )
     try:
-        for job in jobs:
-            job()
+        for labels in LABELS:
+            _logits(None, PROCESSES, rank, labels)
+            _logits(pairs[rank // 2], 2, rank % 2, labels)
+            _linear(dist.group.WORLD, PROCESSES, rank, labels)
+            _linear(pairs[rank // 2], 2, rank % 2, labels)
+        _distributed_tensors()
+        _errors(rank)
     except BaseException:
         failures.put(f"process {rank}:\n{traceback.format_exc()}")
         os._exit(1)  # the others may wait for this one
