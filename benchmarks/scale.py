@@ -98,17 +98,6 @@ def materialised_bytes(rows: int, classes: int, of_each: int = 4) -> int:
     return rows * classes * of_each
 
 
-def chunk_rows(rows: int, classes: int, budget: int = BUDGET, itemsize: int = 2) -> int:
-    """Rows of logits at a time; `linear_chunks.chunk_rows` without a softcap."""
-    most = max(1, budget // (classes * itemsize))
-    chunks = max(1, -(-rows // most))
-    return max(1, min(most, -(-rows // (16 * chunks)) * 16))
-
-
-def chunk_count(layout: Layout, budget: int = BUDGET) -> int:
-    return -(-layout.rows // chunk_rows(layout.rows, layout.classes, budget))
-
-
 def packed_bytes(rows: int) -> int:
     """What a rank gives to one gather of `ClassShard`: nine float32 per row, and a row that says which classes."""
     return (rows + 1) * (STATS + 1) * 4
@@ -116,14 +105,26 @@ def packed_bytes(rows: int) -> int:
 
 def gathered_bytes(rows: int, parts: int) -> int:
     """At the end of a gather: what was given, what everybody gave, and their statistics without the labels' logits."""
-    return packed_bytes(rows) * (1 + parts) + rows * parts * STATS * 4
+    return packed_bytes(rows) * (1 + parts) + rows * parts * STATS * 4 if parts > 1 else 0
+
+
+def chunk_rows(layout: Layout, budget: int = BUDGET) -> int:
+    """Rows at a time whose logits, and what is gathered for them, fit; `linear_chunks.chunk_rows` without a softcap."""
+    parts = layout.group
+    per_row = 2 * layout.classes + (gathered_bytes(1, parts) - gathered_bytes(0, parts))
+    most = max(1, budget // per_row)
+    chunks = max(1, -(-layout.rows // most))
+    return max(1, min(most, -(-layout.rows // (16 * chunks)) * 16))
+
+
+def chunk_count(layout: Layout, budget: int = BUDGET) -> int:
+    return -(-layout.rows // chunk_rows(layout, budget))
 
 
 def chunk_bytes(layout: Layout, budget: int = BUDGET) -> int:
     """Logits of a chunk, and what is gathered for them."""
-    rows = chunk_rows(layout.rows, layout.classes, budget)
-    gathered = gathered_bytes(rows, layout.group) if layout.group > 1 else 0
-    return rows * layout.classes * 2 + gathered
+    rows = chunk_rows(layout, budget)
+    return rows * layout.classes * 2 + gathered_bytes(rows, layout.group)
 
 
 def accumulator_bytes(layout: Layout) -> int:
@@ -168,7 +169,7 @@ def group_wire(layout: Layout) -> Wire:
     if layout.group == 1:
         return Wire(0, 0)
     hidden = gather_wire(hidden_bytes(layout), layout.group).times(3)
-    per_chunk = packed_bytes(chunk_rows(layout.rows, layout.classes)) * layout.group
+    per_chunk = packed_bytes(chunk_rows(layout)) * layout.group
     return hidden + gather_wire(per_chunk, layout.group).times(chunk_count(layout))
 
 
@@ -178,7 +179,7 @@ def gather_seconds(ranks: int) -> float:
     return RING_BASE + (ranks - nodes) * RING_NVLINK + (nodes - 1) * RING_NETWORK
 
 
-def weight_product_seconds(rows: int, layout: Layout, chip: Chip) -> tuple[float, float]:
+def weight_product_seconds(rows: float, layout: Layout, chip: Chip) -> tuple[float, float]:
     """Of a chunk's share of the weight's gradient: arithmetic, and memory, as the sum is read and written each time."""
     traffic = 2 * accumulator_bytes(layout) + 2 * rows * (layout.classes + layout.width)
     return 2 * rows * layout.weights / (MATMUL * chip.flops), traffic / (MEMORY * chip.bandwidth)
@@ -202,7 +203,7 @@ def loss_copies(classes: int, *, sharded: bool) -> float:
 def seconds(layout: Layout, chip: Chip) -> Seconds:
     """What a step takes; matrix products at MATMUL of the peak, unless the float32 sum is what is waited for."""
     chunks = chunk_count(layout)
-    arithmetic, memory = weight_product_seconds(layout.rows // chunks, layout, chip)
+    arithmetic, memory = weight_product_seconds(layout.rows / chunks, layout, chip)
     products = chunks * (2 * arithmetic + max(arithmetic, memory))
     parts = layout.group
     logits = 2 * layout.rows * layout.classes
@@ -329,7 +330,7 @@ def budget_table() -> str:
         cells = [f"{budget >> 20:,} MiB"]
         for group in (1, PER_NODE):
             layout = Layout(GPUS[0], group, WIDTHS[0])
-            rows = chunk_rows(layout.rows, layout.classes, budget)
+            rows = chunk_rows(layout, budget)
             times = [weight_product_seconds(rows, layout, chip) for chip in CHIPS]
             cells += [f"{rows:,}", *(f"{memory / arithmetic:.2f}" for arithmetic, memory in times)]
         lines.append(cells)

@@ -208,7 +208,8 @@ def fused_linear_softmax_loss(
         softcap: c > 0; None for none.
         class_weight: what `softmax_loss` calls weight: of each class, shape (C,). No gradient flows to it.
         memory_budget: bytes of logits at a time; None for 88 MiB on the CPU, 512 MiB on a GPU. A chunk has one row at
-            least. A softcap needs two buffers, which share the budget.
+            least. A softcap needs two buffers, which share the budget, and so does what a group gathers: 36 bytes per
+            row and as many again, less 4, from each process, twice in float64.
         group: processes that share the classes, each with its own rows of weight and bias, in the order of the classes,
             and all with the same hidden and y; None for classes that are all here. Every process gets the same loss and
             gradient to hidden. Class weights, margins of single classes and sigsoftmax are for classes that are all

@@ -101,14 +101,22 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def chunk_rows(layer: Layer, budget: int | None, with_grad: bool) -> int:
-    """How many rows of logits fit the budget; chunks are of even sizes."""
-    rows, classes = layer.hidden.shape[0], layer.weight.shape[0]
+    """How many rows of logits, with what a group gathers for them, fit the budget; chunks are of even sizes.
+
+    The processes of a group agree on the number: all must ask at once.
+    """
+    hidden, shard = layer.hidden, layer.shard
+    rows, classes = hidden.shape[0], layer.weight.shape[0]
     if budget is None:
-        budget = CPU_BUDGET if layer.hidden.device.type == "cpu" else GPU_BUDGET
+        budget = CPU_BUDGET if hidden.device.type == "cpu" else GPU_BUDGET
     buffers = 2 if with_grad and layer.softcap is not None else 1
-    most = max(1, budget // max(1, classes * layer.hidden.element_size() * buffers))
+    per_row = classes * hidden.element_size() * buffers
+    if shard is not None:
+        per_row += shard.bytes_per_row(accumulator(hidden.dtype).itemsize)
+    most = max(1, budget // max(1, per_row))
     chunks = max(1, -(-rows // most))
-    return max(1, min(most, -(-rows // (16 * chunks)) * 16))
+    fitting = max(1, min(most, -(-rows // (16 * chunks)) * 16))
+    return fitting if shard is None else shard.fewest(fitting, hidden.device)
 
 
 def run(

@@ -19,13 +19,15 @@ from torch.nn import functional as F
 from .checks import watches_operators
 from .functional import family_loss
 from .linear_chunks import Layer, Needs, Target, accumulator, chunk_rows, run
-from .shards import ClassShard
+from .shards import ClassShard, class_shard
 from .spec import LossStats, spec_of_codes
 
 __all__ = ["linear_loss", "through_logits"]
 
 # float16 is short of range: gradients are kept so much larger, for a row's loss, until the upstream gradient is known.
 _HALF_SCALE: Final = 64.0
+
+_EVEN: Final = -1  # in the place of a shard's first class: all processes have equally many
 
 
 def linear_loss(
@@ -83,13 +85,16 @@ def _split(target: Target) -> tuple[Tensor | None, float]:
 
 def _names(shard: ClassShard | None) -> tuple[str, int]:
     """A shard in the form that operators take."""
-    return ("", 0) if shard is None else (shard.group.group_name, shard.first)
+    if shard is None:
+        return "", 0
+    return shard.group.group_name, _EVEN if shard.even else shard.first
 
 
-def _shard(group: str, first_class: int) -> ClassShard | None:
+def _shard(group: str, first_class: int, classes: int) -> ClassShard | None:
     if not group:
         return None
-    return ClassShard(dist.distributed_c10d._resolve_process_group(group), first_class)  # type: ignore[arg-type, attr-defined]
+    found = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type, attr-defined]
+    return class_shard(found, None if first_class == _EVEN else first_class, classes)
 
 
 def _as_stats(reports: Tensor) -> LossStats:
@@ -139,7 +144,7 @@ def _linear_loss(
     spec = spec_of_codes(
         truth, q, distance, scale, margin, ignore_index, reduction, label_smoothing, soft, threshold, activation
     )
-    layer = Layer(hidden, weight, bias, logit_scale, softcap or None, _shard(group, first_class))
+    layer = Layer(hidden, weight, bias, logit_scale, softcap or None, _shard(group, first_class, weight.shape[0]))
     target = Target(y, tau_value if tau is None else tau, class_weight, margins, spec)
     per_row = spec.reduction == "none"
     now = Needs(*(False, False, False, needs[3]) if per_row else needs)
@@ -232,7 +237,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Ten
     hidden, weight, bias, y, tau, class_weight, margins, *gradients = ctx.saved_tensors
     tau_value, *codes, logit_scale, softcap, memory_budget, backend, group, first_class, _, needs = ctx.numbers
     spec = spec_of_codes(*codes)
-    layer = Layer(hidden, weight, bias, logit_scale, softcap or None, _shard(group, first_class))
+    layer = Layer(hidden, weight, bias, logit_scale, softcap or None, _shard(group, first_class, weight.shape[0]))
     target = Target(y, tau_value if tau is None else tau, class_weight, margins, spec)
     if torch.is_grad_enabled() and not watches_operators():
         if layer.shard is not None:
@@ -327,7 +332,7 @@ def _linear_loss_backward(
     spec = spec_of_codes(
         truth, q, distance, scale, margin, ignore_index, reduction, label_smoothing, soft, threshold, activation
     )
-    layer = Layer(hidden, weight, bias, logit_scale, softcap or None, _shard(group, first_class))
+    layer = Layer(hidden, weight, bias, logit_scale, softcap or None, _shard(group, first_class, weight.shape[0]))
     target = Target(y, tau_value if tau is None else tau, class_weight, margins, spec)
     rows_at_a_time = chunk_rows(layer, memory_budget or None, True)
     found = run(

@@ -27,10 +27,30 @@ _STATS: Final = 8  # numbers per row, see `Pieces.row_stats`
 
 @dataclass(frozen=True)
 class ClassShard:
-    """Where the classes of this process begin among those of all processes of `group`."""
+    """Where the classes of this process begin among those of all processes of `group`.
+
+    `even` says that all have equally many, so that nobody needs to ask.
+    """
 
     group: ProcessGroup
     first: int
+    even: bool = False
+
+    def bytes_per_row(self, itemsize: int) -> int:
+        """At the end of `gather`: what was given, what everybody gave, and their statistics on their own."""
+        parts = dist.get_world_size(self.group)
+        return itemsize * ((1 + parts) * (_STATS + 1) + parts * _STATS)
+
+    def fewest(self, rows: int, device: torch.device) -> int:
+        """The least of what the processes say, for whom a gather must be of the same rows.
+
+        Even shards are asked on the CPU only, where a wrong word of the caller then meets the errors of `gather`.
+        """
+        if self.even and device.type != "cpu":
+            return rows
+        everybody = torch.tensor([rows], device=device)
+        dist.all_reduce(everybody, dist.ReduceOp.MIN, group=self.group)
+        return int(everybody)
 
     def gather(self, pieces: Pieces, logits: Tensor, y: Tensor, spec: LossSpec) -> Gathered:
         """Statistics of logits (N, C) of this process, and of everybody else's; y has labels among all classes.
@@ -130,7 +150,7 @@ def class_shard(group: ProcessGroup | None, first_class: int | None, classes: in
     if rank < 0 or chosen is None:
         raise RuntimeError("group must be one that this process is a member of")
     if first_class is None:
-        return ClassShard(chosen, rank * classes)
+        return ClassShard(chosen, rank * classes, even=True)
     if integer("first_class", first_class) < 0:
         raise ValueError(f"first_class must be 0 or more, got {first_class!r}")
     return ClassShard(chosen, first_class)

@@ -91,7 +91,7 @@ def _linear(group: Any, parts: int, rank: int, label_classes: int) -> None:
             expected = softmax_loss(z, y, **options)
             loss = fused_linear_softmax_loss(
                 own[0], own[1], y, bias=own[2], group=group, first_class=first, logit_scale=0.9, softcap=5.0,
-                memory_budget=4 * 4 * (last - first), **options,
+                memory_budget=_budget(parts), **options,
             )  # fmt: skip
             _close(loss, expected)
             upstream = torch.ones_like(loss)
@@ -100,6 +100,12 @@ def _linear(group: Any, parts: int, rank: int, label_classes: int) -> None:
             _close(gradients[0], wanted[0])
             _close(gradients[1], wanted[1][first:last])
             _close(gradients[2], wanted[2][first:last])
+
+
+def _budget(parts: int) -> int:
+    """Room for five rows where there are fewest classes, with a softcap, and for four where there is one more."""
+    logits, gathered = 2 * 4 * (CLASSES // parts), 4 * ((1 + parts) * 9 + parts * 8)
+    return 5 * (logits + gathered)
 
 
 def _distributed_tensors() -> None:
@@ -132,7 +138,10 @@ def _errors(rank: int) -> None:
         parallel_drsl_loss(own[0], y, 0.4)
     with _raises(RuntimeError, "need a compiled backend"):
         parallel_drsl_loss(own, y, 0.4, backend="reference")
-    hidden, weight = torch.randn(ROWS, WIDTH), torch.randn(last - first, WIDTH)
+    hidden = torch.randn(ROWS, WIDTH)
+    weight = torch.randn(last - first, WIDTH, requires_grad=True)
+    with _raises(ValueError, "first_class must make the classes of the processes follow one another"):
+        fused_linear_softmax_loss(hidden, weight, y, group=dist.group.WORLD, softcap=5.0, memory_budget=_budget(4))
     with _raises(ValueError, "class_weight must not be of single classes with a group"):
         fused_linear_softmax_loss(hidden, weight, y, class_weight=torch.ones(last - first), group=dist.group.WORLD)
     with _raises(ValueError, "activation must be 'softmax' with a group"):

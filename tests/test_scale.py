@@ -74,13 +74,17 @@ def _three_alike(monkeypatch: pytest.MonkeyPatch, classes: int) -> dict[str, int
     return seen
 
 
-def test_rows_of_a_chunk_are_those_of_the_code() -> None:
+def test_rows_of_a_chunk_are_those_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
     assert scale.BUDGET == linear_chunks.GPU_BUDGET
-    shapes = [(layout.rows, layout.classes) for gpus in scale.GPUS for layout in scale.layouts(gpus, 8).values()]
-    for (rows, classes), budget in product([*shapes, (130, 1000), (1, 7), (33, 2**20)], (1, 2**21, 2**29)):
-        hidden, weight = (torch.empty(n, 8, device="meta", dtype=torch.bfloat16) for n in (rows, classes))
-        expected = linear_chunks.chunk_rows(Layer(hidden, weight, None, 1.0, None), budget, True)
-        assert scale.chunk_rows(rows, classes, budget) == expected, (rows, classes, budget)
+    layouts = [layout for gpus in scale.GPUS for layout in scale.layouts(gpus, 8).values()]
+    for layout, budget in product(layouts, (1, 2**21, 2**29)):
+        sizes = (layout.rows, layout.classes)
+        hidden, weight = (torch.empty(n, 8, device="meta", dtype=torch.bfloat16) for n in sizes)
+        monkeypatch.setattr(shards.dist, "get_world_size", lambda group, parts=layout.group: parts)
+        shard = ClassShard(None, 0, even=True) if layout.group > 1 else None  # type: ignore[arg-type]
+        expected = linear_chunks.chunk_rows(Layer(hidden, weight, None, 1.0, None, shard), budget, True)
+        assert scale.chunk_rows(layout, budget) == expected, (layout, budget)
+        assert expected == 1 or scale.chunk_bytes(layout, budget) <= budget + scale.gathered_bytes(0, layout.group)
 
 
 def test_tensors_of_the_fused_linear_loss(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +103,7 @@ def test_tensors_of_the_fused_linear_loss(monkeypatch: pytest.MonkeyPatch) -> No
     layer = Layer(hidden.detach(), weight.detach(), None, 1.0, None)
     target = linear_chunks.Target(y, 0.0, None, None, spec)
     needs = linear_chunks.Needs(True, True, False, False)
-    rows = scale.chunk_rows(96, 640, budget)
+    rows = scale.chunk_rows(layout, budget)
     with Made() as made:
         found = linear_chunks.run(
             layer, target, torch.ones(1), needs, with_reports=False, rows_at_a_time=rows, backend=None
