@@ -20,7 +20,7 @@ MAKEFLAGS += -j2
 # cmake and ninja may be in the environment only.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install demo test lint format cpp-test sanitized docs bench clean
+.PHONY: help install demo test lint format cpp-test plain sanitized docs bench clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -45,8 +45,10 @@ format: $(INSTALLED) ## Apply the style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_FILES)
 
-cpp-test: sanitized $(INSTALLED) ## C++ tests, plain and under AddressSanitizer and UndefinedBehaviorSanitizer
-# The plain tests use the object files of the extension, where it was built.
+cpp-test: plain sanitized ## C++ tests, plain and under AddressSanitizer and UndefinedBehaviorSanitizer
+
+plain: $(INSTALLED)
+# With the object files of the extension, where it was built.
 	test -e build/extension/build.ninja || cmake -S . -B build/extension -G Ninja -DDRSL_BUILD_EXTENSION=OFF
 	$(call run_ctest,build/extension,-DDRSL_BUILD_TESTS=ON)
 

@@ -29,7 +29,7 @@ def test_ahead_of_time(target: str, request: pytest.FixtureRequest) -> None:
     )
     assert result.returncode == 0, result.stderr[-3000:]
     kernels = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(kernels) > 50
+    assert len(kernels) > 30
     for kernel in kernels:
         assert kernel["spilled"] == 0, kernel
         assert kernel["shared"] <= TARGETS[target], kernel

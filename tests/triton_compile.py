@@ -31,6 +31,7 @@ from drsl_kernels.backends.triton.steps import label_weights_kernel, sum_kernel
 ELEMENTS = {"bf16": 2, "fp32": 4, "fp64": 8}
 ODD = "fp32"  # for which unusual arguments are compiled as well
 THOROUGH = "cuda:90"  # the target on which more is compiled
+USUAL = {"cuda:90": ("bf16", "fp32", "fp64"), "cuda:80": ("fp32",), "cuda:100": ("bf16",), "hip:gfx942": ("bf16",)}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -49,16 +50,16 @@ class Case(NamedTuple):
     registers: int = 0
 
 
-def cases(lanes: int, thorough: bool = False, everything: bool = False) -> Iterator[Case]:
-    """What the launch tables ask for; `thorough` adds some of what unusual arguments compile, `everything` all."""
+def cases(target: str, lanes: int, everything: bool = False) -> Iterator[Case]:
+    """What the launch tables ask for, and on one target some of what unusual arguments compile; `everything`: all."""
     losses = {"losses": "*fp64", "denominator": "*fp64", "total": "*fp32"}
     for count in (100, 10**6):
         block, warps = sum_shape(count, lanes)
         yield Case(f"sum {block}", sum_kernel, losses, {"BLOCK": block}, warps, 0)
     weights = {"labels": "*i64", "class_weights": "*fp32", "parts": "*fp64"}
     yield Case("label_weights", label_weights_kernel, weights, {"BLOCK": 1024}, 4, 0)
-    for element in ELEMENTS if thorough or everything else ("bf16", "fp32"):
-        yield from cases_of(element, lanes, thorough, everything)
+    for element in ELEMENTS if everything else USUAL[target]:
+        yield from cases_of(element, lanes, target == THOROUGH, everything)
 
 
 def cases_of(element: str, lanes: int, thorough: bool, everything: bool) -> Iterator[Case]:
@@ -193,7 +194,7 @@ def main(name: str, everything: bool) -> None:
     backend, arch = name.split(":")
     target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
     with tempfile.TemporaryDirectory() as folder:
-        for case in cases(target.warp_size, name == THOROUGH, everything):
+        for case in cases(name, target.warp_size, everything):
             kernel = compiled(case, target)
             report = nvidia_report(kernel, Path(folder)) if backend == "cuda" else amd_report(kernel)
             facts = {"name": case.name, "wanted": case.bytes_per_access, "stores": "stats_kernel" not in case.name}
