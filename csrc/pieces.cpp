@@ -1,5 +1,5 @@
-// The loss in pieces, as operators for whoever composes it without autograd (drsl_kernels/pieces.py): the gradient in the
-// place of the logits, and the loss of rows whose classes lie in several places. Relies on ops.h.
+// The loss in pieces, as operators for whoever composes it without autograd (drsl_kernels/backends/pieces.py): the
+// gradient in the place of the logits, and the loss of rows whose classes lie in several places. Relies on ops.h.
 #include <torch/library.h>
 
 #include <optional>

@@ -102,8 +102,6 @@ def check_parallel(logits: Tensor, y: object, tau: object, spec: LossSpec) -> No
     y = _check_tensor("y", y)
     if logits.dtype not in LOGITS_DTYPES:
         raise NotImplementedError(f"logits must be float32, float64, bfloat16 or float16, got {logits.dtype}")
-    if logits.shape[1] == 0:
-        raise ValueError("logits must have a class on every process, got none")
     if y.dtype not in (torch.int64, torch.uint8):
         raise TypeError(f"y must hold class indices of dtype int64, got {y.dtype}")
     if y.shape != logits.shape[:1]:

@@ -15,7 +15,7 @@ from . import linear_ops
 from .backends import needs_transforms
 from .checks import check_linear
 from .linear_chunks import Layer, Target
-from .shards import ClassShard, class_shard
+from .shards import class_shard
 from .spec import (
     Activation,
     BackendName,
@@ -212,8 +212,8 @@ def fused_linear_softmax_loss(
             row and as many again, less 4, from each process, twice in float64.
         group: processes that share the classes, each with its own rows of weight and bias, in the order of the classes,
             and all with the same hidden and y; None for classes that are all here. Every process gets the same loss and
-            gradient to hidden. Class weights, margins of single classes and sigsoftmax are for classes that are all
-            here.
+            gradient to hidden, which is summed over the processes in the dtype of hidden. Class weights, margins of
+            single classes, sigsoftmax, `torch.func` and second derivatives are for classes that are all here.
         first_class: with a group, the index of this process's first class; None where all have equally many.
 
     The other arguments are those of `softmax_loss`; tau and the statistics have the shape of y.
@@ -223,10 +223,12 @@ def fused_linear_softmax_loss(
         With return_stats, a pair of it and `LossStats`.
 
     Raises:
-        ValueError: shapes that do not fit, a number out of its range, an unknown name.
+        ValueError: shapes that do not fit, a number out of its range, an unknown name; with a group, also what does not
+            go together with one.
         IndexError: a label outside [0, C) (on the CPU; the message names row and value).
         TypeError: something that should be a tensor or a number is not, dtypes differ, or y holds class probabilities.
-        RuntimeError: tensors on different devices, or a forced backend that is not usable.
+        RuntimeError: tensors on different devices, class_weight of another shape (as in `softmax_loss`), or a forced
+            backend that is not usable.
         NotImplementedError: hidden of another dtype.
     """
     margin, margins = (0.0, margin) if isinstance(margin, Tensor) else (margin, None)
@@ -239,10 +241,11 @@ def fused_linear_softmax_loss(
     if not isinstance(return_stats, bool):
         raise TypeError(f"return_stats must be a bool, got {return_stats!r}")
     here = group is None
+    _check_group(group, first_class, class_weight, margins, spec)
     check_linear(hidden, weight, bias, y, tau, class_weight, margins, spec, autocast=_is_autocast(hidden), labels=here)
     hidden, weight, bias = _cast(hidden, weight, bias)
-    shard = _check_shard(weight, group, first_class, class_weight, margins, spec)
-    layer = Layer(hidden.reshape(-1, hidden.shape[-1]), weight, bias, logit_scale, softcap, shard)
+    shard = None if group is None else class_shard(group, first_class, weight.shape[0])
+    layer = Layer(hidden.reshape(y.numel(), hidden.shape[-1]), weight, bias, logit_scale, softcap, shard)
     rows = tau.reshape(-1) if isinstance(tau, Tensor) and tau.dim() else tau
     target = Target(y.reshape(-1), rows, class_weight, margins, spec)
     if _is_opaque(layer):
@@ -272,18 +275,17 @@ def check_layer_numbers(
     return logit_scale, softcap, memory_budget
 
 
-def _check_shard(
-    weight: Tensor,
+def _check_group(
     group: ProcessGroup | None,
     first_class: int | None,
     class_weight: Tensor | None,
     margins: Tensor | None,
     spec: LossSpec,
-) -> ClassShard | None:
+) -> None:
     if group is None:
         if first_class is not None:
             raise ValueError(f"first_class must be None without a group, got {first_class!r}")
-        return None
+        return
     refused = {"class_weight": class_weight, "margin": margins}
     for argument, value in refused.items():
         if value is not None:
@@ -292,11 +294,12 @@ def _check_shard(
         raise ValueError(f"activation must be 'softmax' with a group, got {spec.activation!r}")
     if spec.ignore_index >= 0:
         raise ValueError(f"ignore_index must be negative with a group, got {spec.ignore_index}")
-    return class_shard(group, first_class, weight.shape[0])
 
 
 def _is_autocast(hidden: object) -> bool:
-    return isinstance(hidden, Tensor) and torch.is_autocast_enabled(hidden.device.type)
+    if not isinstance(hidden, Tensor) or not torch.amp.is_autocast_available(hidden.device.type):
+        return False
+    return torch.is_autocast_enabled(hidden.device.type)
 
 
 def _cast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from .checks import watches_operators
 from .functional import family_loss
 from .linear_chunks import Layer, Needs, Target, accumulator, chunk_rows, run
-from .shards import ClassShard, class_shard
+from .shards import NO_SECOND_DERIVATIVES, ClassShard, class_shard
 from .spec import LossStats, spec_of_codes
 
 __all__ = ["linear_loss", "through_logits"]
@@ -241,7 +241,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Ten
     target = Target(y, tau_value if tau is None else tau, class_weight, margins, spec)
     if torch.is_grad_enabled() and not watches_operators():
         if layer.shard is not None:
-            raise RuntimeError("classes that are spread over processes have no second derivatives")
+            raise RuntimeError(NO_SECOND_DERIVATIVES)
         found = _differentiable(layer, target, upstream, needs, backend or None)
     elif spec.reduction == "none":
         inputs = (hidden, weight, bias, y, tau, class_weight, margins, tau_value, *codes)

@@ -90,7 +90,8 @@ class FusedLinearDRSLLoss(nn.Module):
 
     The layer's weight is an argument of the call, so that the layer may stay where it is in a model: ``loss_fn(hidden,
     model.lm_head.weight, labels)``. All other arguments are checked at construction. `class_weight` is a buffer, and so
-    is a `tau` given as a tensor (a parameter if it is an `nn.Parameter`).
+    is a `tau` given as a tensor (a parameter if it is an `nn.Parameter`). Classes that are spread over a group of
+    processes, and statistics, are for the function.
 
     Args:
         tau, class_weight, distance, ignore_index, reduction, label_smoothing: as in `fused_linear_drsl_loss`.

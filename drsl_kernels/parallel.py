@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .backends.pieces import Pieces, Shard
-from .checks import check_parallel
+from .checks import check_parallel, watches_operators
 from .reference import sigsoftmax_logits
-from .shards import ClassShard, Gathered, class_shard, shard_pieces
+from .shards import NO_SECOND_DERIVATIVES, ClassShard, Gathered, class_shard, shard_pieces
 from .spec import (
     Activation,
     BackendName,
@@ -158,7 +157,7 @@ def parallel_softmax_loss(
     Args:
         logits: this process's classes, shape (N, C_own), or a DTensor of shape (N, C) with placement ``Shard(-1)`` (of
             a mesh with one dimension), which also says the group and the first class; float32, float64, bfloat16 or
-            float16. Processes may have different numbers of classes, but none of them no class.
+            float16. Processes may have different numbers of classes, some of them none.
         y: class indices among the classes of all processes, int64 (or uint8), shape (N,), the same on every process.
         group: the processes that share the classes, in the order of the classes; None for all.
         first_class: index of this process's first class; None where all processes have equally many.
@@ -169,7 +168,8 @@ def parallel_softmax_loss(
 
     Raises:
         ValueError: also where the processes' classes do not follow one another (on the CPU; else the loss is NaN).
-        RuntimeError: also without a process group, or with a backend that has no such kernels.
+        RuntimeError: also without a process group, or with a backend that has no such kernels; under `torch.func`, and
+            where a graph of the backward pass is asked for.
     """
     spec = loss_spec(
         truth, q, distance, scale, margin, ignore_index, reduction, label_smoothing, threshold, activation, False
@@ -256,9 +256,10 @@ class _ParallelLoss(torch.autograd.Function):
         return total.to(losses.rows.dtype), losses.reports
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         nothing = (None,) * 6
+        if torch.is_grad_enabled() and not watches_operators():
+            raise RuntimeError(NO_SECOND_DERIVATIVES)
         if upstream is None:
             return None, None, *nothing
         logits, tau, local, label_logits, stats = ctx.saved_tensors

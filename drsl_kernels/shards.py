@@ -15,12 +15,15 @@ from torch import Tensor
 
 from .backends import choose_pieces
 from .backends.pieces import Losses, Pieces, Shard
+from .checks import inside_function_transform
 from .spec import LossSpec, integer
 
 if TYPE_CHECKING:  # a build without processes lacks it
     from torch.distributed import ProcessGroup
 
-__all__ = ["ClassShard", "Gathered", "class_shard", "shard_pieces"]
+__all__ = ["NO_SECOND_DERIVATIVES", "ClassShard", "Gathered", "class_shard", "shard_pieces"]
+
+NO_SECOND_DERIVATIVES: Final = "classes that are spread over processes have no second derivatives"
 
 _STATS: Final = 8  # numbers per row, see `Pieces.row_stats`
 
@@ -61,10 +64,11 @@ class ClassShard:
         """
         assert pieces.row_stats is not None
         local = self._local(y, logits.shape[1], spec.ignore_index)
-        stats = pieces.row_stats(logits, local, spec)
         is_here = (local >= 0) & (local < logits.shape[1]) & (local != spec.ignore_index)
         at = local.masked_fill(~is_here, 0).unsqueeze(1)
-        label_logits = logits.gather(1, at).squeeze(1).to(stats.dtype).masked_fill(~is_here, 0.0)
+        some = _some_class(logits)
+        stats = pieces.row_stats(some, local, spec)
+        label_logits = some.gather(1, at).squeeze(1).to(stats.dtype).masked_fill(~is_here, 0.0)
         packed = stats.new_zeros(len(y) + 1, _STATS + 1)
         packed[:-1, :_STATS], packed[:-1, _STATS] = stats, label_logits
         packed[-1, 0].fill_(self.first)  # to assign a number would wait for a GPU
@@ -123,7 +127,7 @@ class Gathered:
     ) -> Losses:
         """As `OverLogits`, of the rows; their gradient by the classes of this process."""
         return pieces.over_logits(
-            logits,
+            _some_class(logits),
             self.local,
             tau,
             None,
@@ -136,13 +140,20 @@ class Gathered:
         )
 
 
+def _some_class(logits: Tensor) -> Tensor:
+    """The logits (N, C), or of a process without classes one that is masked: it counts for nothing."""
+    return logits if logits.shape[1] else logits.new_full((logits.shape[0], 1), -torch.inf)
+
+
 def class_shard(group: ProcessGroup | None, first_class: int | None, classes: int) -> ClassShard:
     """The shard of a process that has so many classes.
 
     Raises:
-        RuntimeError: there is no process group, or this process is not in it.
+        RuntimeError: there is no process group, or this process is not in it; under `torch.func`.
         ValueError: first_class is negative.
     """
+    if inside_function_transform():
+        raise RuntimeError("classes that are spread over processes cannot be transformed by torch.func")
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("classes are spread over processes: call torch.distributed.init_process_group() first")
     chosen = group if group is not None else dist.group.WORLD

@@ -152,7 +152,7 @@ def test_hugging_face() -> None:
     assert counts[2:] == [8] * 8
 
 
-def test_language_model_heads() -> None:
+def test_language_model_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     variables = page("language_model_heads").variables
     trainer, model, tokens = variables["trainer"], variables["model"].eval(), variables["tokens"][:8].clone()
     falls = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -166,6 +166,10 @@ def test_language_model_heads() -> None:
     loss, outputs = trainer.compute_loss(model, batch, return_outputs=True)
     assert outputs.logits.shape[1] == 0
     loss.backward()
+    # Of two processes each has a half of the labels that are counted; their gradients are averaged.
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    count = 2 * (labels[:, 1:] != -100).sum()
+    torch.testing.assert_close(trainer.compute_loss(model, batch, num_items_in_batch=count), loss)
     got = gradients(model)
     logits, y = model(tokens).logits[:, 4:-1].flatten(0, 1), labels[:, 5:].flatten()
     want, _, _ = loss_and_gradient(logits, y, tau=0.1, distance="uniform")

@@ -141,6 +141,18 @@ def test_chunks_fit_the_budget_and_are_even() -> None:
     assert rows(0, None) >= 1
 
 
+def test_no_features_and_no_memory() -> None:
+    """Logits that are the bias alone, and tensors that have shapes and nothing else."""
+    y, bias = torch.tensor([[0, 1]]), torch.randn(3)
+    expected = softmax_loss(bias.expand(2, 3), y.flatten(), distance="uniform", tau=0.3)
+    found = fused_linear_drsl_loss(torch.empty(1, 2, 0), torch.empty(3, 0), y, 0.3, bias=bias)
+    torch.testing.assert_close(found, expected)
+    hidden, weight = (torch.empty(n, 4, device="meta", requires_grad=True) for n in (5, 3))
+    loss = fused_linear_drsl_loss(hidden, weight, torch.empty(5, device="meta", dtype=torch.int64), 0.3)
+    loss.backward()
+    assert (loss.shape, weight.grad.shape) == ((), (3, 4))  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_no_worse_than_whole_logits(dtype: torch.dtype) -> None:
     y = _labels()

@@ -124,6 +124,26 @@ def _distributed_tensors() -> None:
         parallel_drsl_loss(distribute_tensor(z, mesh, [Placement(0)]), y, 0.4)
 
 
+def _process_without_classes(rank: int) -> None:
+    """Nine classes are three for each of three, and the fourth has none."""
+    z, y = torch.randn(ROWS, 9, generator=torch.Generator().manual_seed(1)), torch.arange(ROWS) % 9
+    expected = z.clone().requires_grad_()
+    loss = softmax_loss(expected, y, distance="kl", tau=0.4)
+    loss.backward()
+    spread = distribute_tensor(z, init_device_mesh("cpu", (PROCESSES,)), [Placement(1)]).requires_grad_()
+    found = parallel_drsl_loss(spread, y, 0.4, distance="kl")
+    found.backward()
+    _close(found, loss)
+    _close(spread.grad.full_tensor(), expected.grad)  # type: ignore[union-attr, arg-type]
+    # With hidden states that are unit vectors the weight is the logits, transposed.
+    weight = z.t()[3 * rank : 3 * rank + 3].clone().requires_grad_()
+    options = {"distance": "kl", "tau": 0.4, "group": dist.group.WORLD, "first_class": min(3 * rank, 9)}
+    whole = fused_linear_softmax_loss(torch.eye(ROWS), weight, y, **options)
+    whole.backward()
+    _close(whole, loss)
+    assert torch.allclose(weight.grad, expected.grad.t()[3 * rank : 3 * rank + 3], atol=1e-6)  # type: ignore
+
+
 def _errors(rank: int) -> None:
     z, y = _case()
     first, last = _own_range(PROCESSES, rank)
@@ -138,12 +158,17 @@ def _errors(rank: int) -> None:
         parallel_drsl_loss(own[0], y, 0.4)
     with _raises(RuntimeError, "need a compiled backend"):
         parallel_drsl_loss(own, y, 0.4, backend="reference")
+    with _raises(RuntimeError, "have no second derivatives"):
+        leaf = own.clone().requires_grad_()
+        torch.autograd.grad(parallel_drsl_loss(leaf, y, 0.4, first_class=first), leaf, create_graph=True)
+    with _raises(RuntimeError, "cannot be transformed by torch.func"):
+        torch.func.grad(lambda z: parallel_drsl_loss(z, y, 0.4, first_class=first))(own)
     hidden = torch.randn(ROWS, WIDTH)
     weight = torch.randn(last - first, WIDTH, requires_grad=True)
     with _raises(ValueError, "first_class must make the classes of the processes follow one another"):
         fused_linear_softmax_loss(hidden, weight, y, group=dist.group.WORLD, softcap=5.0, memory_budget=_budget(4))
     with _raises(ValueError, "class_weight must not be of single classes with a group"):
-        fused_linear_softmax_loss(hidden, weight, y, class_weight=torch.ones(last - first), group=dist.group.WORLD)
+        fused_linear_softmax_loss(hidden, weight, y, class_weight=torch.ones(CLASSES), group=dist.group.WORLD)
     with _raises(ValueError, "activation must be 'softmax' with a group"):
         fused_linear_softmax_loss(hidden, weight, y, activation="sigsoftmax", group=dist.group.WORLD)
 
@@ -165,6 +190,7 @@ def _process(rank: int, folder: str, failures: Any) -> None:
             _linear(dist.group.WORLD, PROCESSES, rank, labels)
             _linear(pairs[rank // 2], 2, rank % 2, labels)
         _distributed_tensors()
+        _process_without_classes(rank)
         _errors(rank)
     except BaseException:
         failures.put(f"process {rank}:\n{traceback.format_exc()}")

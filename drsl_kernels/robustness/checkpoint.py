@@ -88,7 +88,7 @@ def load_checkpoint(path: Path | str, *, command: str = "drsl train") -> dict[st
     except Exception as error:  # what a reader of pickles raises on other files is anything
         # torch's own text begins with advice on how to trust the file nonetheless.
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition("\n")[0].partition(". ")[0]
-        raise ValueError(f"{path} is no checkpoint of {command}: {reason}") from error
+        raise ValueError(f"{path} is no checkpoint of {command}: {reason or 'it is damaged'}") from error
     if not isinstance(content, dict) or not content.keys() >= _KEYS:
         raise ValueError(f"{path} is no checkpoint of {command}: it must be a dict with {', '.join(sorted(_KEYS))}")
     if content["format"] != FORMAT:

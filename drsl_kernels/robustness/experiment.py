@@ -41,6 +41,7 @@ from .run_checks import (
     save_checks,
 )
 from .settings import TrainingSettings, default_settings, differences
+from .storage import set_aside
 from .timing import EpochTime, Timed, plan_timing, time_epochs
 
 __all__ = ["Comparison", "Progress", "Settings", "compare", "run_folder"]
@@ -241,16 +242,18 @@ class _Run:
         return f"has lost {engine.BEST} and is made anew" if engine.has_lost_best(self.folder) else None
 
     def make_way(self, fresh: bool) -> None:
-        """Empty the folder of a run that cannot be used, or of any."""
-        if not fresh:
-            obstacle = self.obstacle()
-            if obstacle is None:
-                return
-            self.progress.note(f"{self.folder} {obstacle}")
+        """Set aside a run that cannot be used; remove any where another is wanted afresh."""
         # The settings go last: if this is interrupted, the next attempt finds that they are others.
-        for name in (DETECTED, CHECKS, JUDGED, engine.LAST, engine.BEST, engine.METRICS, engine.SETTINGS):
-            (self.folder / name).unlink(missing_ok=True)
-        shutil.rmtree(self.folder / engine.CURVES, ignore_errors=True)
+        files = (DETECTED, CHECKS, JUDGED, engine.LAST, engine.BEST, engine.METRICS, engine.SETTINGS)
+        if fresh:
+            shutil.rmtree(self.folder / engine.CURVES, ignore_errors=True)
+            for name in files:
+                (self.folder / name).unlink(missing_ok=True)
+            return
+        obstacle = self.obstacle()
+        if obstacle is not None:
+            kept = set_aside(self.folder, (engine.CURVES, *files))
+            self.progress.note(f"{self.folder} {obstacle}. What was there is kept in {kept}")
 
     def judged(self) -> RunResult | None:
         """What judging found, if it has been done; training is finished then."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["clear_unfinished", "read_json", "write_atomically", "write_json", "write_text"]
+__all__ = ["clear_unfinished", "read_json", "set_aside", "write_atomically", "write_json", "write_text"]
 
 
 # No file takes so long to write, in seconds: an unfinished one that is older was left by a process that was killed.
@@ -60,6 +60,19 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
+
+
+def set_aside(folder: Path, names: Sequence[str]) -> Path | None:
+    """Move what there is of these, in their order, into a new folder replaced-N of `folder`, and return that."""
+    found = [name for name in names if (folder / name).exists()]
+    if not found:
+        return None
+    earlier = (place.name.partition("-")[2] for place in folder.glob("replaced-*"))
+    place = folder / f"replaced-{1 + max((int(number) for number in earlier if number.isdecimal()), default=0)}"
+    place.mkdir()
+    for name in found:
+        os.replace(folder / name, place / name)
+    return place
 
 
 def _sync(path: Path) -> None:

@@ -5,6 +5,7 @@ Relies on `text` and `tokens`; `engine`, `experiment` and the attacks' caller re
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, TypeAlias, get_args
@@ -23,7 +24,7 @@ Part: TypeAlias = Literal["test", "validation"]
 PARTS: Final[tuple[str, ...]] = get_args(Part)
 
 TOKENIZER: Final = "tokenizer.json"
-_OF: Final = "tokenizer.txt"  # which text and vocabulary the tokenizer beside it is made of
+_LEARNED_FROM: Final = "tokenizer.txt"  # which text and vocabulary the tokenizer beside it is made of
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,14 @@ def make_tokens(name: TokensName, text: Text, vocabulary: int, folder: Path) -> 
     if name == "bytes":
         return ByteTokens()
     path, about = folder / TOKENIZER, f"{text.digest} {vocabulary}\n"
-    if path.exists() and (folder / _OF).exists() and (folder / _OF).read_text(encoding="utf-8") == about:
-        return BPETokens.load(path)
+    learned_from = folder / _LEARNED_FROM
+    if path.exists() and learned_from.exists() and learned_from.read_text(encoding="utf-8") == about:
+        with suppress(ValueError):  # a damaged one is learned again, and is the same
+            return BPETokens.load(path)
     tokens = BPETokens.train(text.train, vocabulary)
-    (folder / _OF).unlink(missing_ok=True)  # killed between the two files, it is learned again
+    learned_from.unlink(missing_ok=True)  # killed between the two files, it is learned again
     tokens.save(path)
-    write_text(folder / _OF, about)
+    write_text(learned_from, about)
     return tokens
 
 

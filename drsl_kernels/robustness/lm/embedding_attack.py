@@ -30,19 +30,22 @@ _EVERYWHERE: Final = (-math.inf, math.inf)
 
 @dataclass(frozen=True)
 class EmbeddingAttack:
-    """The worst points found: `vectors` (N, T, H), and of each sequence nats, float64, and right predictions, (N,)."""
+    """The worst of each sequence: most nats, float64, and fewest right predictions, int64, both (N,).
+
+    Each is that of all points visited, and they need not be of the same one; `vectors` (N, T, H) have the nats.
+    """
 
     vectors: Tensor
     nats: Tensor
     correct: Tensor
 
     def or_worse(self, other: EmbeddingAttack) -> EmbeddingAttack:
-        """Sequence by sequence the one with more nats."""
+        """Of two attacks on the same sequences, sequence by sequence."""
         worse = other.nats > self.nats
         return EmbeddingAttack(
             torch.where(worse.view(-1, 1, 1), other.vectors, self.vectors),
             torch.where(worse, other.nats, self.nats),
-            torch.where(worse, other.correct, self.correct),
+            torch.minimum(other.correct, self.correct),
         )
 
 
@@ -68,7 +71,7 @@ def embedding_pgd(
     stay as they are, and all are scored.
 
     Of every point visited, in all restarts, and of the vectors as they are, each sequence keeps the one with the
-    largest sum of -log p. It is that of the largest loss, and not always that of the fewest right predictions.
+    largest sum of -log p, and the fewest right predictions, which may be those of another point.
 
     Args:
         model: a `GPT`, or anything with its `embed`, `hidden` and `scores`. Run in evaluation mode; its parameters get

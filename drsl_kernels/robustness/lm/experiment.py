@@ -17,6 +17,7 @@ from ..distributed import World
 from ..identity import digest_of_file, environment, plain
 from ..progress import Progress
 from ..random_streams import deterministic
+from ..storage import set_aside
 from ..training_folder import sole_use
 from .corpus import Corpus, load_corpus, make_tokens
 from .engine import Trained, train_language_model
@@ -30,7 +31,7 @@ from .timing import StepTime, time_steps
 __all__ = ["LanguageComparison", "LanguageSetup", "judge_all", "prepared_corpus", "run_folder", "train_all"]
 
 # Part of every judged run's identity. Raise it when a change to attacks or scores changes the numbers.
-_REVISION: Final = 1
+_REVISION: Final = 2
 
 
 @dataclass(frozen=True)
@@ -194,14 +195,15 @@ def _judged(
 def _make_way(
     place: Path, settings: LanguageSettings, corpus: Corpus, progress: Progress, world: World, fresh: bool
 ) -> None:
-    """Empty the folder of a run that cannot be used, or of any."""
-    begun = read_run(place)
-    if begun is None:
-        return
-    why_not = obstacle(place, replace(settings, threads=begun.threads), corpus, world)
-    if why_not is not None:
-        progress.note(f"{place} {why_not}")
-    if fresh or why_not is not None:
-        # The settings go last: if this is interrupted, the next attempt finds that they are others.
-        for name in (JUDGED, LAST, BEST, METRICS, SETTINGS):
+    """Set aside a run that cannot be used; remove any where another is wanted afresh."""
+    # The settings go last: if this is interrupted, the next attempt finds that they are others.
+    files = (JUDGED, LAST, BEST, METRICS, SETTINGS)
+    if fresh:
+        for name in files:
             (place / name).unlink(missing_ok=True)
+        return
+    begun = read_run(place)
+    why_not = begun and obstacle(place, replace(settings, threads=begun.threads), corpus, world)
+    if why_not is not None:
+        kept = set_aside(place, files)
+        progress.note(f"{place} {why_not}. What was there is kept in {kept}")

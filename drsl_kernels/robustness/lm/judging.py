@@ -1,7 +1,8 @@
 """How a trained language model is judged: what it predicts of held-out text, and what attacks leave of that.
 
 Two kinds of attack: on the vectors of tokens, within radii, and by exchanging tokens, so many of them. Of each the
-worst case over several attacks is taken, sequence by sequence. Relies on `embedding_attack`, `substitution` and
+worst case over several attacks is taken, sequence by sequence: the most nats, and the fewest right predictions.
+Relies on `embedding_attack`, `substitution` and
 `scoring`; `experiment` relies on it.
 """
 
@@ -122,7 +123,8 @@ class Point:
 class LanguageResult:
     """One loss, one seed: how training went, the score on the whole part, and the attacked sequences.
 
-    `embedding` and `substitution` are the worst case over their attacks, the first point being without an attack;
+    `embedding` and `substitution` are the worst case over their attacks, the first point being without an attack, most
+    nats and fewest right predictions each on their own;
     `by_attack` has the same of each attack by its name. `embedding_norm` is the length that radii are shares of, and
     `sample` text that the model wrote after the first half of the first attacked sequence.
     """
@@ -273,9 +275,7 @@ def _substitution(
         )
         tell(f"{proposal}, {judging.budgets[-1]} substitutions")
     nats, correct = (torch.stack([getattr(one, name) for one in found.values()]) for name in ("nats", "correct"))
-    which = nats.argmax(0, keepdim=True)
-    sums = {name: (one.nats, one.correct) for name, one in found.items()}
-    sums["worst"] = (nats.gather(0, which)[0], correct.gather(0, which)[0])
+    sums = {name: (one.nats, one.correct) for name, one in found.items()} | {"worst": (nats.amax(0), correct.amin(0))}
     tokens = found[judging.proposals[0]].scored * len(sequences)
     return {
         name: [

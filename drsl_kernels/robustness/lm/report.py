@@ -25,6 +25,7 @@ __all__ = ["RESULTS", "attack_rows", "cautions", "each_attack", "explanation", "
 RESULTS: Final = ("results.json", "results.csv")
 
 _OTHER_LENGTH: Final = 1.2  # of vectors, from which on the same share is worth a word
+_NOTICEABLE: Final = 0.001  # share of a perplexity: what is printed has four digits
 
 _CSV_COLUMNS: Final = ("loss", "tau", "seed", "attack", "size", "perplexity", "accuracy", "nats", "correct", "tokens")
 
@@ -46,12 +47,12 @@ def explanation(comparison: LanguageComparison) -> dict[str, str]:
         "perplexity": f"e to the mean of -log p of a token of the {judging.held_out} part, windows of "
         f"{training.context} tokens; {over}. Kinds of tokens can be compared by bits per byte, not by perplexity",
         "embedding": f"PGD ({', '.join(judging.losses)}; {judging.steps} steps, {judging.restarts} starts, "
-        f"{judging.norm}) on the vectors of the tokens of {judging.sequences} sequences, the worst per sequence; radii "
-        "as shares of the mean length of the model's vectors, so that a loss that shortens these is attacked in "
-        "smaller balls",
+        f"{judging.norm}) on the vectors of the tokens of {judging.sequences} sequences, the worst per sequence of "
+        "perplexity and of right predictions; radii as shares of the mean length of the model's vectors, so that a "
+        "loss that shortens these is attacked in smaller balls",
         "substitution": f"of the first half of the same sequences so many tokens are exchanged "
-        f"({', '.join(judging.proposals)}; {judging.candidates} candidates for each), the worst per sequence; scored "
-        "is the second half, which stays as it is",
+        f"({', '.join(judging.proposals)}; {judging.candidates} candidates for each), the worst per sequence of "
+        "both; scored is the second half, which stays as it is",
         "time": f"median of a training step, turns taken with F.cross_entropy, on {training.device}"
         + (f", threads: {training.threads}" if training.device == "cpu" else ""),
     }
@@ -134,7 +135,7 @@ def _against(comparison: LanguageComparison, loss: LanguageLoss, baseline: Langu
         return ours, theirs
 
     def lower(ours: MeanStd, theirs: MeanStd) -> bool:
-        return theirs.mean - ours.mean > (ours.std or 0.0) + (theirs.std or 0.0)
+        return theirs.mean - ours.mean > max((ours.std or 0.0) + (theirs.std or 0.0), _NOTICEABLE * theirs.mean)
 
     ours, theirs = both(lambda run: run.embedding_norm)
     if not 1 / _OTHER_LENGTH < ours.mean / theirs.mean < _OTHER_LENGTH:
@@ -152,7 +153,8 @@ def _against(comparison: LanguageComparison, loss: LanguageLoss, baseline: Langu
     ]
     if no_gain:
         where = "; ".join(no_gain)
-        yield f"{loss} has no lower perplexity than {baseline}, beyond the spread of the seeds, with: {where}."
+        beyond = ", beyond the spread of the seeds," if len(comparison.seeds) > 1 else ""
+        yield f"{loss} has no lower perplexity than {baseline}{beyond} with: {where}."
 
 
 def _weak_attacks(comparison: LanguageComparison) -> Iterator[str]:

@@ -38,6 +38,7 @@ __all__ = [
 
 COMMAND: Final = "drsl lm"
 _KEYS: Final = ("settings", "processes", "text", "tokens")
+_REMEDY: Final = "train anew (--fresh), or choose another folder"
 
 
 def begin(folder: Path, settings: LanguageSettings, corpus: Corpus, world: World) -> None:
@@ -74,7 +75,10 @@ def obstacle(folder: Path, settings: LanguageSettings, corpus: Corpus, world: Wo
 
 def read_last(folder: Path) -> dict[str, Any]:
     """The checkpoint that the run goes on from. ValueError where it is damaged, or none to go on from."""
-    content = load_checkpoint(folder / LAST, command=COMMAND)
+    try:
+        content = load_checkpoint(folder / LAST, command=COMMAND)
+    except ValueError as error:
+        raise ValueError(f"{error}: {_REMEDY}") from error
     if "state" not in content:
         raise ValueError(f"{folder / LAST} holds a model but no state that training could go on from")
     return content
@@ -112,4 +116,5 @@ def _content(folder: Path) -> tuple[dict[str, Any], LanguageSettings]:
             raise KeyError
         return content, LanguageSettings.from_json(content["settings"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not hold the settings of a run of {COMMAND}: choose another folder") from error
+        what = f"{path} does not hold the settings of a run of {COMMAND}"
+        raise ValueError(f"{what}: {_REMEDY}") from error

@@ -27,8 +27,9 @@ _TOP: Final = 32  # tokens of each place that "gcg" draws from
 class Substitution:
     """Attacked sequences, (N, T + 1), and what each number of substitutions did to the tokens that are scored.
 
-    `nats`, float64, and `correct`, int64, have shape (substitutions + 1, N): row k is after at most k of them, row 0
-    before the first. `scored` tokens of each sequence count.
+    `nats`, float64, and `correct`, int64, have shape (substitutions + 1, N): row k is the worst that at most k of them
+    did, row 0 is before the first. The nats are those of the sequences, round by round; the right predictions are the
+    fewest of everything that was tried, and may be those of another candidate. `scored` tokens of each sequence count.
     """
 
     sequences: Tensor
@@ -106,7 +107,8 @@ def substitute_tokens(
         row = torch.arange(len(now), device=now.device)
         now = torch.where(better.unsqueeze(1), tried[row, which], now)
         changed[row, places[row, which]] |= better
-        nats, correct = torch.where(better, value, nats), torch.where(better, right[row, which], correct)
+        nats = torch.where(better, value, nats)
+        correct = torch.minimum(correct, right.where(valid, correct.unsqueeze(1)).amin(1))
         rows.append((nats, correct))
     all_nats, all_correct = (torch.stack(values) for values in zip(*rows, strict=True))
     return Substitution(now, all_nats, all_correct, sequences.shape[1] - prefix)
