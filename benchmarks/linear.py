@@ -104,11 +104,18 @@ def measured(tokens: int, width: int, classes: int, dtype: str, rounds: int) -> 
     return {"tokens": tokens, "width": width, "classes": classes, "dtype": dtype, "seconds": times, "bytes": peaks}
 
 
-def ratios(case: dict[str, Any]) -> dict[str, float]:
-    times, size = case["seconds"], torch.empty((), dtype=getattr(torch, case["dtype"])).element_size()
-    found = {f"time over {peer}": times[OURS] / times[peer] for peer in PEERS if peer in times}
-    found["memory over the logits"] = case["bytes"][OURS] / (case["tokens"] * case["classes"] * size)
+def rows(case: dict[str, Any]) -> list[list[str]]:
+    """Of each contender: classes, name, seconds, MiB, their share of the logits, and time of the fused loss over it."""
+    size = case["tokens"] * case["classes"] * getattr(torch, case["dtype"]).itemsize
+    found = []
+    for name, seconds_taken in case["seconds"].items():
+        peak, over = case["bytes"][name], case["seconds"][OURS] / seconds_taken
+        cells = [f"{seconds_taken:.2f}", f"{peak / 2**20:.0f}", f"{100 * peak / size:.1f}%", f"{over:.3f}"]
+        found.append([f"{case['classes']:,}", name, *cells])
     return found
+
+
+HEADS = ("classes", "", "seconds", "MiB", "of the logits", "fused over it")
 
 
 @click.command()
@@ -138,13 +145,12 @@ def main(
         return
     torch.set_num_threads(threads)
     cases = [measured(tokens, width, classes, dtype, rounds) for classes in vocabularies]
-    table = Table(
-        "classes", *cases[0]["seconds"], *ratios(cases[0]), title=f"{tokens} tokens of width {width}, {dtype}"
-    )
-    for row in cases:
-        times = [f"{t:.2f} s, {row['bytes'][name] / 2**20:.0f} MiB" for name, t in row["seconds"].items()]
-        table.add_row(f"{row['classes']:,}", *times, *(f"{value:.3f}" for value in ratios(row).values()))
-    Console(width=180).print(table)
+    table = Table(*HEADS, title=f"{tokens} tokens of width {width}, {dtype}")
+    for one in cases:
+        for row in rows(one):
+            table.add_row(*row)
+        table.add_section()
+    Console().print(table)
     if out is not None:
         write(out, {"where": where(), "threads": threads, "rounds": rounds, "tau": TAU, "cases": cases})
         print(json.dumps(str(out)))

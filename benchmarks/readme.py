@@ -1,7 +1,7 @@
 """Fill the tables of README.md and docs/ from the committed results: `python benchmarks/readme.py`.
 
 With `--check` it compares only. A table stands between `<!-- NAME -->` and `<!-- end NAME -->`. Relies on `targets`,
-`evidence_tables`, `scale`, benchmarks/results/ and docs/evidence/; a test runs --check, so a number in a table cannot
+`evidence_tables`, `linear`, `scale`, benchmarks/results/ and docs/evidence/; a test runs --check, so a number in a table cannot
 differ from the result that it comes from."""
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import click
 from evidence_tables import comparison_table, detection_table, noise_table, regularizer_table
 from evidence_tables import percent as _percent
 from evidence_tables import table_row as _row
+from linear import HEADS as LINEAR_HEADS
+from linear import rows as linear_rows
 from scale import tables as scale_tables
 from targets import Target, targets
 
@@ -101,14 +103,8 @@ def demo_table() -> str:
 def linear_table() -> str:
     """Time and memory of output layer and loss, of every contender."""
     result = json.loads((RESULTS / "cpu_linear.json").read_text())
-    lines = [_row(["classes", "", "seconds", "MiB", "of the logits"]), _row(["---:", "---", "---:", "---:", "---:"])]
-    for case in result["cases"]:
-        logits = case["tokens"] * case["classes"] * {"float32": 4, "bfloat16": 2}[case["dtype"]]
-        for name, seconds in case["seconds"].items():
-            size = case["bytes"][name]
-            shown = name if name.startswith("F.") is False else f"`{name}`"
-            share = f"{100 * size / logits:.0f}%"
-            lines.append(_row([f"{case['classes']:,}", shown, f"{seconds:.2f}", f"{size / 2**20:.0f}", share]))
+    lines = [_row(LINEAR_HEADS), _row(["---:", "---", *["---:"] * 4])]
+    lines += [_row(row) for case in result["cases"] for row in linear_rows(case)]
     case, where = result["cases"][0], result["where"]
     notes = (
         f"{case['tokens']} tokens of width {case['width']}, {case['dtype']}, medians of {result['rounds']} rounds in\n"

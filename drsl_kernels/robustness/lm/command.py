@@ -224,7 +224,8 @@ def _show(comparison: LanguageComparison, out: Path, console: Console) -> None:
     head, *rows = table(comparison)
     shown = Table()
     for i, name in enumerate(head):
-        shown.add_column(name.replace(" ", "\n") if i else name, justify="right" if i else "left", no_wrap=not i, overflow="fold")
+        head_of = name.replace(" ", "\n") if i else name
+        shown.add_column(head_of, justify="right" if i else "left", no_wrap=not i, overflow="fold")
     for row in rows:
         shown.add_row(*row)
     console.print(shown)
