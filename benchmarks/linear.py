@@ -150,7 +150,7 @@ def main(
         for row in rows(one):
             table.add_row(*row)
         table.add_section()
-    Console().print(table)
+    Console(width=100).print(table)
     if out is not None:
         write(out, {"where": where(), "threads": threads, "rounds": rounds, "tau": TAU, "cases": cases})
         print(json.dumps(str(out)))

@@ -1,8 +1,8 @@
 """Fill the tables of README.md and docs/ from the committed results: `python benchmarks/readme.py`.
 
 With `--check` it compares only. A table stands between `<!-- NAME -->` and `<!-- end NAME -->`. Relies on `targets`,
-`evidence_tables`, `linear`, `scale`, benchmarks/results/ and docs/evidence/; a test runs --check, so a number in a table cannot
-differ from the result that it comes from."""
+`evidence_tables`, `linear`, `scale`, benchmarks/results/ and docs/evidence/; a test runs --check, so a number in a
+table cannot differ from the result that it comes from."""
 
 from __future__ import annotations
 
