@@ -75,7 +75,7 @@ def timed(tokens: int, width: int, classes: int, dtype: torch.dtype, rounds: int
     order = random.Random(0)
     for number in range(rounds + 1):
         for name in order.sample(list(runs), len(runs)):
-            if name == TORCH_CHUNKS and number > 1:
+            if name == TORCH_CHUNKS and number != 1:
                 continue
             taken = seconds(runs[name], (hidden, weight))
             gc.collect()
@@ -101,7 +101,8 @@ def measured(tokens: int, width: int, classes: int, dtype: str, rounds: int) -> 
     for name in times:
         command = [sys.executable, __file__, "--memory-of", name, *case]
         peaks[name] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    return {"tokens": tokens, "width": width, "classes": classes, "dtype": dtype, "seconds": times, "bytes": peaks}
+    about = {"tokens": tokens, "width": width, "classes": classes, "dtype": dtype, "rounds": rounds}
+    return {**about, "threads": torch.get_num_threads(), "seconds": times, "bytes": peaks, "where": where()}
 
 
 def rows(case: dict[str, Any]) -> list[list[str]]:
@@ -115,11 +116,16 @@ def rows(case: dict[str, Any]) -> list[list[str]]:
     return found
 
 
+CASE = ("dtype", "tokens", "width", "threads", "classes")
 HEADS = ("classes", "", "seconds", "MiB", "of the logits", "fused over it")
 
 
 @click.command()
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures to this JSON file.")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write all figures to this JSON file, where those of other cases are kept.",
+)
 @click.option("--tokens", default=2048, show_default=True)
 @click.option("--width", default=1024, show_default=True, help="Of the hidden states.")
 @click.option("--vocabulary", "vocabularies", type=int, multiple=True, default=VOCABULARIES, show_default=True)
@@ -152,8 +158,9 @@ def main(
         table.add_section()
     Console(width=100).print(table)
     if out is not None:
-        write(out, {"where": where(), "threads": threads, "rounds": rounds, "tau": TAU, "cases": cases})
-        print(json.dumps(str(out)))
+        before = json.loads(out.read_text())["cases"] if out.exists() else []
+        by_case = {tuple(one[name] for name in CASE): one for one in [*before, *cases]}
+        write(out, {"tau": TAU, "cases": [by_case[case] for case in sorted(by_case)]})
 
 
 if __name__ == "__main__":

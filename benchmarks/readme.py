@@ -36,6 +36,7 @@ def main(check: bool) -> None:
     pages = {"README.md": readme, "docs/speed.md": speed, "docs/evidence/softmax_bottleneck.md": bottleneck}
     pages["docs/scale.md"] = scale_tables()
     pages["docs/language_model_heads.md"] = {"linear": linear_table()}
+    pages["docs/language_models.md"] = {"results": language_model_table()}
     for name, tables in (pages | evidence_pages()).items():
         path = ROOT / name
         old = path.read_text()
@@ -105,13 +106,35 @@ def linear_table() -> str:
     result = json.loads((RESULTS / "cpu_linear.json").read_text())
     lines = [_row(LINEAR_HEADS), _row(["---:", "---", *["---:"] * 4])]
     lines += [_row(row) for case in result["cases"] for row in linear_rows(case)]
-    case, where = result["cases"][0], result["where"]
+    case, where = result["cases"][0], result["cases"][0]["where"]
+    rounds = " and ".join(dict.fromkeys(str(one["rounds"]) for one in result["cases"]))
+    commits = ", ".join(dict.fromkeys(one["where"]["commit"] for one in result["cases"]))
     notes = (
-        f"{case['tokens']} tokens of width {case['width']}, {case['dtype']}, medians of {result['rounds']} rounds in\n"
-        f"which all take turns. {where['processor']}, {result['threads']} threads, torch {where['torch']}, "
-        f"{where['date'][:10]}, commit {where['commit']}."
+        f"{case['tokens']} tokens of width {case['width']}, {case['dtype']}, medians of {rounds} rounds in which\n"
+        f"all take turns (the slowest in one). {where['processor']}, {case['threads']} threads, torch "
+        f"{where['torch']}, {where['date'][:10]}, commits {commits}."
     )
     return "\n".join(lines) + f"\n\n{notes}\n"
+
+
+def language_model_table() -> str:
+    """Perplexity and right predictions of each loss: unattacked, and what the attacks left."""
+    runs = json.loads((RESULTS / "language_models" / "results.json").read_text())["runs"]
+    heads = [cell for run in runs for cell in (f"`{run['loss']}`: perplexity", "right, %")]
+    places: list[tuple[str, list[dict[str, Any]]]] = [("the test part", runs)]
+    names = {
+        "embedding": ("attacked sequences", "vectors moved by"),
+        "substitution": ("their second halves", "exchanged:"),
+    }
+    for kind, (before, name) in names.items():
+        for points in zip(*(run[kind] for run in runs), strict=True):
+            size = points[0]["size"]
+            places.append((f"{name} {size:g}" if size else before, list(points)))
+    lines = [_row(["", *heads]), _row(["---", *["---:"] * len(heads)])]
+    for name, points in places:
+        cells = (text for p in points for text in (f"{p['perplexity']:.4g}", f"{100 * p['accuracy']:.1f}"))
+        lines.append(_row([name, *cells]))
+    return "\n".join(lines) + "\n"
 
 
 def bottleneck_table() -> str:

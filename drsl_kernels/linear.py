@@ -207,9 +207,9 @@ def fused_linear_softmax_loss(
         logit_scale: a, finite.
         softcap: c > 0; None for none.
         class_weight: what `softmax_loss` calls weight: of each class, shape (C,). No gradient flows to it.
-        memory_budget: bytes of logits at a time; None for 88 MiB on the CPU, 512 MiB on a GPU. A chunk has one row at
-            least. A softcap needs two buffers, which share the budget, and so does what a group gathers: 36 bytes per
-            row and as many again, less 4, from each process, twice in float64.
+        memory_budget: bytes of logits at a time; None for 88 MiB on the CPU, or what 176 rows need if that is more, and
+            512 MiB on a GPU. A chunk has one row at least. A softcap needs two buffers, which share the budget. Of a
+            group, what it gathers counts as well: 36 bytes per row, and 68 for each process; in float64 twice that.
         group: processes that share the classes, each with its own rows of weight and bias, in the order of the classes,
             and all with the same hidden and y; None for classes that are all here. Every process gets the same loss and
             gradient to hidden, which is summed over the processes in the dtype of hidden. Class weights, margins of

@@ -20,9 +20,11 @@ from .spec import LossSpec
 
 __all__ = ["Layer", "LinearLoss", "Needs", "Target", "accumulator", "chunk_rows", "run"]
 
-# Bytes of logits at a time, where the caller names no budget. On the CPU a chunk of more rows gains nothing; a GPU
-# needs enough of them to be busy.
+# Bytes of logits at a time, where the caller names no budget. On the CPU a chunk of more rows gains nothing, and one of
+# fewer than so many spends its time on the gradient of the weight, which each reads and writes; a GPU needs enough of
+# them to be busy.
 CPU_BUDGET: Final = 88 << 20
+CPU_ROWS: Final = 176
 GPU_BUDGET: Final = 512 << 20
 
 # Elements of a gradient that are widened at a time, where a product cannot be added in a wider type.
@@ -107,12 +109,12 @@ def chunk_rows(layer: Layer, budget: int | None, with_grad: bool) -> int:
     """
     hidden, shard = layer.hidden, layer.shard
     rows, classes = hidden.shape[0], layer.weight.shape[0]
-    if budget is None:
-        budget = CPU_BUDGET if hidden.device.type == "cpu" else GPU_BUDGET
     buffers = 2 if with_grad and layer.softcap is not None else 1
     per_row = classes * hidden.element_size() * buffers
     if shard is not None:
         per_row += shard.bytes_per_row(accumulator(hidden.dtype).itemsize)
+    if budget is None:
+        budget = max(CPU_BUDGET, CPU_ROWS * per_row) if hidden.device.type == "cpu" else GPU_BUDGET
     most = max(1, budget // max(1, per_row))
     chunks = max(1, -(-rows // most))
     fitting = max(1, min(most, -(-rows // (16 * chunks)) * 16))

@@ -125,18 +125,18 @@ def test_the_size_of_a_chunk_changes_nothing(budget: int | None) -> None:
     )
 
 
-def test_chunks_fit_the_budget_and_are_even() -> None:
+def test_chunks_fit_the_budget_and_are_even(monkeypatch: pytest.MonkeyPatch) -> None:
     def rows(count: int, budget: int | None, softcap: float | None = None, dtype: torch.dtype = torch.float32) -> int:
-        hidden = torch.empty(count, 4, device="meta", dtype=dtype)
-        return chunk_rows(
-            Layer(hidden, torch.empty(1000, 4, device="meta", dtype=dtype), None, 1.0, softcap), budget, True
-        )
+        hidden = torch.empty(count, 4, dtype=dtype)
+        return chunk_rows(Layer(hidden, torch.empty(1000, 4, dtype=dtype), None, 1.0, softcap), budget, True)
 
     assert rows(10_000, 4000 * 64) == 64
     assert rows(10_000, 4000 * 64, softcap=30.0) == 32
     assert rows(10_000, 4000 * 64, dtype=torch.bfloat16) == 128
     assert rows(10_000, 1) == 1
     assert rows(130, 4000 * 100) == 80, "two chunks of 80 and 50 rows, and not of 100 and 30"
+    monkeypatch.setattr(linear_chunks, "CPU_BUDGET", 1)
+    assert rows(1000, None) == 176, "five chunks of 176 and one of 120"
     assert rows(5, None) == 16, "never more than the budget, but in steps of sixteen"
     assert rows(0, None) >= 1
 

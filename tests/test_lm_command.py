@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from code_blocks import ROOT
 
 from drsl_kernels.robustness.commands import drsl
 from drsl_kernels.robustness.lm import ByteTokens, LanguageLoss, Score, Text, command, experiment, load_corpus
@@ -267,24 +266,3 @@ def test_what_to_keep_in_mind() -> None:
     )
     assert "0.50 times as long as those of ce" in said(result(ce, 2.0), result(drsl, 1.5, length=0.5))
     assert "This part chose the best step, too" in said(result(ce, 2.0), held_out="validation")
-
-
-def test_the_table_of_the_page_is_that_of_its_results() -> None:
-    content = json.loads((ROOT / "benchmarks" / "results" / "language_models" / "results.json").read_text())
-    ce, ours = ({run["loss"]: run for run in content["runs"]}[name] for name in ("ce", "non_target_logits"))
-    pairs = [
-        (ce, ours),
-        *(pair for kind in ("embedding", "substitution") for pair in zip(ce[kind], ours[kind], strict=True)),
-    ]
-    page = (ROOT / "docs" / "language_models.md").read_text()
-    table = page.partition("<!-- results -->")[2].partition("<!-- end results -->")[0].strip().splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
-    assert [row[1:] for row in cells] == [
-        [text for run in pair for text in (f"{run['perplexity']:.4g}", f"{100 * run['accuracy']:.1f}")]
-        for pair in pairs
-    ]
-    for row, (point, _) in zip(cells, pairs, strict=True):
-        if point.get("size"):
-            assert f"{point['size']:g}" in row[0]
-    for name, value in (("ce", ce), ("ours", ours)):
-        assert f"{value['embedding_norm']:.2f}" in page, name
