@@ -65,7 +65,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 LEFT_OUT = pytest.StashKey[int]()
 SMALL_GRID = 20  # cases; of larger ones a backend gets one in so many, in which every value of every parameter comes up
-ONE_OF = {"triton": 36, "cuda": 16, "reference": 16, "cpp": 2}
+ONE_OF = {"triton": 60, "cuda": 16, "reference": 16, "cpp": 2}
 
 
 def thinned(grid: list[pytest.Function], one_of: int) -> set[pytest.Item]:

@@ -95,7 +95,7 @@ def test_a_command_that_takes_too_long_is_ended_with_its_children() -> None:
 
     result = run(["sh", "-c", "sleep 60 & echo $!; wait"], seconds=3)
     assert result.failure == "stopped at its time limit"
-    assert has_ended(result.output)
+    wait_until(lambda: has_ended(result.output))
 
 
 @pytest.mark.skipif(signal.getsignal(signal.SIGINT) == signal.SIG_IGN, reason="this process is told to ignore SIGINT")
@@ -108,7 +108,7 @@ def test_an_interrupted_command_is_ended_with_its_children(tmp_path: Path) -> No
         process.send_signal(signal.SIGINT)
         process.communicate()
     assert process.returncode != 0
-    assert has_ended(child.read_text())
+    wait_until(lambda: has_ended(child.read_text()))
 
 
 def test_reading_compute_sanitizer() -> None:

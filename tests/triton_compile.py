@@ -31,7 +31,7 @@ from drsl_kernels.backends.triton.steps import label_weights_kernel, sum_kernel
 ELEMENTS = {"bf16": 2, "fp32": 4, "fp64": 8}
 ODD = "fp32"  # for which unusual arguments are compiled as well
 THOROUGH = "cuda:90"  # the target on which more is compiled
-USUAL = {"cuda:90": ("bf16", "fp32", "fp64"), "cuda:80": ("fp32",), "cuda:100": ("bf16",), "hip:gfx942": ("bf16",)}
+USUAL = {THOROUGH: ("bf16", "fp32", "fp64")}  # elsewhere bf16 alone
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -58,7 +58,7 @@ def cases(target: str, lanes: int, everything: bool = False) -> Iterator[Case]:
         yield Case(f"sum {block}", sum_kernel, losses, {"BLOCK": block}, warps, 0)
     weights = {"labels": "*i64", "class_weights": "*fp32", "parts": "*fp64"}
     yield Case("label_weights", label_weights_kernel, weights, {"BLOCK": 1024}, 4, 0)
-    for element in ELEMENTS if everything else USUAL[target]:
+    for element in ELEMENTS if everything else USUAL.get(target, ("bf16",)):
         yield from cases_of(element, lanes, target == THOROUGH, everything)
 
 
