@@ -15,7 +15,7 @@ import pytest
 
 # Targets, with the shared memory that a program may use there, in bytes
 TARGETS = {"cuda:80": 163 * 1024, "cuda:90": 227 * 1024, "cuda:100": 227 * 1024, "hip:gfx942": 64 * 1024}
-USUAL = ("cuda:90", "hip:gfx942")  # one of each kind; the others differ in instructions that these kernels do not choose
+USUAL = ("cuda:90", "hip:gfx942")  # without --all-cases: one of each maker
 
 
 @pytest.mark.slow
