@@ -30,13 +30,8 @@ from drsl_kernels import fused_drsl_loss, fused_linear_drsl_loss
 
 TAU = 0.1
 VOCABULARIES = (10_000, 32_000, 128_256, 256_000)
-OURS, WHOLE = "fused", "whole logits"
-PLAIN, TORCH, TORCH_CHUNKS = (
-    "F.cross_entropy of whole logits",
-    "F.linear_cross_entropy",
-    "F.linear_cross_entropy, chunks",
-)
-PEERS = (WHOLE, PLAIN, TORCH)
+OURS, WHOLE, PLAIN = "fused", "whole logits", "F.cross_entropy of whole logits"
+TORCH, TORCH_CHUNKS = "F.linear_cross_entropy", "F.linear_cross_entropy, chunks"
 
 
 def contenders(hidden: Tensor, weight: Tensor, y: Tensor) -> dict[str, Callable[[], Tensor]]:
