@@ -99,7 +99,7 @@ def test_pgd_keeps_the_worst_of_all_points(model: GPT) -> None:
 
 
 def test_pgd_tells_the_worst_of_every_point_it_visits(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, scores_of = sequences(), GPT.scores
+    x, scores_of = sequences(64), GPT.scores
     nats, correct = [], []
 
     def watched(self: GPT, hidden: Tensor) -> Tensor:
@@ -110,10 +110,12 @@ def test_pgd_tells_the_worst_of_every_point_it_visits(model: GPT, monkeypatch: p
         return scores
 
     monkeypatch.setattr(GPT, "scores", watched)
-    found = embedding_pgd(model, x, eps=0.3, steps=3, restarts=3, generator=torch.Generator().manual_seed(0))
+    found = embedding_pgd(model, x, eps=0.1, steps=3, restarts=3, generator=torch.Generator().manual_seed(0))
     assert len(nats) == 1 + 3 * (3 + 1)
-    torch.testing.assert_close(found.nats, torch.stack(nats).amax(0).double())
-    assert torch.equal(found.correct, torch.stack(correct).amin(0))
+    every, right = torch.stack(nats), torch.stack(correct)
+    torch.testing.assert_close(found.nats, every.amax(0).double())
+    assert torch.equal(found.correct, right.amin(0))
+    assert not torch.equal(right.amin(0), right.gather(0, every.argmax(0, keepdim=True))[0]), "of other points"
 
 
 def test_log_odds_see_what_saturation_hides() -> None:
@@ -174,7 +176,7 @@ def test_substitutions_touch_the_beginning_alone_and_never_help(model: GPT, prop
 
 def test_one_substitution_of_all_that_there_are(model: GPT) -> None:
     """With a candidate for every place and token what is found is the worst of them."""
-    x = sequences(3)
+    x = sequences(64)
     found = substitute_tokens(model, x, prefix=2, substitutions=1, candidates=2 * V, proposal="hotflip")
     nats, correct = [found.nats[0]], [found.correct[0]]
     for place in range(2):
@@ -183,8 +185,10 @@ def test_one_substitution_of_all_that_there_are(model: GPT) -> None:
             other[:, place] = token
             nats.append(continuation(model, other, 2))
             correct.append((model(other[:, :-1]).argmax(-1)[:, 1:] == x[:, 2:]).sum(1))
-    torch.testing.assert_close(found.nats[1], torch.stack(nats).amax(0))
-    assert torch.equal(found.correct[1], torch.stack(correct).amin(0))
+    every, right = torch.stack(nats), torch.stack(correct)
+    torch.testing.assert_close(found.nats[1], every.amax(0))
+    assert torch.equal(found.correct[1], right.amin(0))
+    assert not torch.equal(right.amin(0), right.gather(0, every.argmax(0, keepdim=True))[0]), "of other candidates"
 
 
 def test_with_all_candidates_the_best_exchange_is_found(model: GPT) -> None:
