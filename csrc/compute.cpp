@@ -1,26 +1,20 @@
-// From tensors to a Task for the kernels of their device, and back. Relies on arguments.h.
+// From tensors to a Task for the kernels of their device, and back. Relies on arguments.h, on_cpu.h and cuda/launch.h.
 #include "compute.h"
 
 #include "arguments.h"
 #include "cpu/kernels.h"
+#include "on_cpu.h"
 #ifdef DRSL_WITH_CUDA
 #include "cuda/launch.h"
 #endif
 
-#include <ATen/Parallel.h>
 #include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
 #include <optional>
 #include <vector>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
 
 #if defined(DRSL_WITH_CUDA) && !defined(DRSL_CUDA_ON_HOST)
 // torch's C interface (torch/csrc/inductor/aoti_torch/c/shim.h), which that header shows only where USE_CUDA is
@@ -75,81 +69,7 @@ struct Layout {
   }
 };
 
-// ---------------------------------------------------------------------------------------------------------
-// Running a Task
-
-// Scratch that a thread keeps between calls, up to a few megabytes.
-class Scratch {
- public:
-  ~Scratch() { std::free(memory_); }
-  void* get(int64_t bytes) {
-    if (bytes > size_) {
-      std::free(memory_);
-      size_ = (bytes + 63) / 64 * 64;
-      memory_ = std::aligned_alloc(64, size_);
-      if (!memory_) size_ = 0;
-      TORCH_CHECK(memory_, "out of memory: ", bytes, " bytes of scratch");
-    }
-    return memory_;
-  }
-
- private:
-  void* memory_ = nullptr;
-  int64_t size_ = 0;
-};
-
-constexpr int64_t kScratchKept = int64_t(4) << 20;
 constexpr size_t kMaxDeviceDims = 4;  // of rows, in a gradient that is laid out as the logits are
-constexpr int64_t kGrainElements = 32768;  // less work than this per thread costs more than it saves
-
-// The rows of a task in chunks of a size of their own, which does not depend on the number of threads.
-struct Chunks {
-  int64_t size, count, grain;
-
-  explicit Chunks(const Task& task) {
-    size = kGrainElements / std::max<int64_t>(task.classes, 1);
-    size = std::max<int64_t>(size / 16 * 16, size >= 16 ? 16 : std::max<int64_t>(size, 1));
-    count = (task.rows + size - 1) / size;
-    grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(size * task.classes, 1));
-  }
-};
-
-// take(chunk, first row, end, scratch) for every chunk, in parallel.
-template <class Take>
-void for_chunks(const Kernels& kernels, const Task& task, const Chunks& chunks, Take take) {
-  const int64_t bytes = kernels.scratch_bytes(task);
-  at::parallel_for(0, chunks.count, chunks.grain, [&](int64_t begin, int64_t end) {
-    static thread_local Scratch kept;
-    Scratch own;
-    void* scratch = (bytes <= kScratchKept ? kept : own).get(bytes);
-    for (int64_t i = begin; i < end; ++i) {
-      take(i, i * chunks.size, std::min((i + 1) * chunks.size, task.rows), scratch);
-    }
-  });
-}
-
-// Sum of the rows' losses. The chunks' sums are added in order.
-double run_rows(const Kernels& kernels, const Task& task) {
-  const Chunks chunks(task);
-  c10::SmallVector<double, 64> sums(chunks.count, 0.0);
-  for_chunks(kernels, task, chunks, [&](int64_t i, int64_t begin, int64_t end, void* scratch) {
-    sums[i] = kernels.run(task, begin, end, scratch);
-  });
-  double total = 0;
-  for (double sum : sums) total += sum;
-  return total;
-}
-
-template <class S>
-double weight_of_labels(const Tensor& weight, const Tensor& y, int64_t ignore_index) {
-  const S* w = weight.const_data_ptr<S>();
-  const int64_t* labels = y.const_data_ptr<int64_t>();
-  double sum = 0;
-  for (int64_t i = 0; i < y.numel(); ++i) {
-    if (labels[i] != ignore_index) sum += static_cast<double>(w[labels[i]]);
-  }
-  return sum;
-}
 
 // Where the rows and everything that is read or written lie, but for what depends on the device.
 struct Inputs {
@@ -213,23 +133,22 @@ Task make_task(const Inputs& in, const Config& config, const Wanted& wanted, con
 // ---------------------------------------------------------------------------------------------------------
 // On the CPU
 
-constexpr size_t kLargePagesBytes = size_t(4) << 20;  // two large pages and more
-
-// The system hands out fresh memory page by page, on the first write to each: 4 KB at a time that takes longer than the
-// loss. Where large pages are to be had on request, this is the request; a refusal changes nothing.
-void ask_for_large_pages([[maybe_unused]] const Tensor& t) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (t.nbytes() < kLargePagesBytes) return;
-  const uintptr_t page = sysconf(_SC_PAGESIZE), start = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
-  const uintptr_t begin = (start + page - 1) / page * page, end = (start + t.nbytes()) / page * page;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
+template <class S>
+double weight_of_labels(const Tensor& weight, const Tensor& y, int64_t ignore_index) {
+  const S* w = weight.const_data_ptr<S>();
+  const int64_t* labels = y.const_data_ptr<int64_t>();
+  double sum = 0;
+  for (int64_t i = 0; i < y.numel(); ++i) {
+    if (labels[i] != ignore_index) sum += static_cast<double>(w[labels[i]]);
+  }
+  return sum;
 }
 
 // What the mean divides by; 1 for the other reductions.
-double scan_labels(const Kernels& cpu, const Inputs& in, const Config& config, Result& result) {
+double scan_labels(const Inputs& in, const Config& config, Result& result) {
   const int64_t classes = in.logits.size(class_dim(in.logits));
-  const LabelScan scan = cpu.scan_labels(in.y.const_data_ptr<int64_t>(), in.y.numel(), classes, config.ignore_index);
+  const LabelScan scan =
+      kernels().scan_labels(in.y.const_data_ptr<int64_t>(), in.y.numel(), classes, config.ignore_index);
   TORCH_CHECK_INDEX(!scan.out_of_range, "y holds a label outside [0, ", classes, ")");
   if (config.reduction != Reduction::mean) return 1;
   double denominator = static_cast<double>(scan.counted);
@@ -242,8 +161,8 @@ double scan_labels(const Kernels& cpu, const Inputs& in, const Config& config, R
   return denominator;
 }
 
-void run_on_cpu(const Kernels& cpu, const Task& task, const Config& config, double denominator, const Result& result) {
-  const double sum = run_rows(cpu, task);
+void compute_on_cpu(const Task& task, const Config& config, double denominator, const Result& result) {
+  const double sum = run_on_cpu(task);
   if (!result.loss.defined() || config.reduction == Reduction::none) return;
   const double loss = sum / denominator;
   if (result.loss.scalar_type() == at::kDouble) *result.loss.mutable_data_ptr<double>() = loss;
@@ -374,7 +293,7 @@ Result compute(const Tensor& logits_in, const Tensor& y_in, const Tensor& weight
   Result result;
   const auto options = in.logits.options().dtype(in.acc);
   const bool known = device || later.saved.defined() || is_part;
-  const double denominator = known ? 1 : scan_labels(kernels(), in, config, result);
+  const double denominator = known ? 1 : scan_labels(in, config, result);
   if (device && in.logits.dim() > static_cast<int64_t>(kMaxDeviceDims) + 1) {
     // The gradient of a view may be laid out in another way than the view.
     const Tensor grad = later.grad.defined() ? later.grad : at::empty_like(in.logits, options.device(at::kMeta));
@@ -403,7 +322,7 @@ Result compute(const Tensor& logits_in, const Tensor& y_in, const Tensor& weight
   const Layout layout(in.logits, result.grad);
   TORCH_CHECK(!device || layout.sizes.size() <= kMaxDeviceDims, "a layout of ", layout.sizes.size(), " dimensions");
   Task task = make_task(in, config, wanted, result, layout);
-  if (!device) run_on_cpu(kernels(), task, config, denominator, result);
+  if (!device) compute_on_cpu(task, config, denominator, result);
 #ifdef DRSL_WITH_CUDA
   else if (in.logits.numel() > 0) {
     Tensor apart;  // of rows that several blocks share, one may still read what another has written
@@ -439,10 +358,7 @@ Tensor row_stats(const Tensor& logits_in, const Tensor& y_in, const Config& conf
     return stats.copy_(at::tensor(at::ArrayRef<double>(nothing, kRowStats)));
   }
   if (!on_device(in.logits)) {
-    const auto write = [&](int64_t, int64_t begin, int64_t end, void* scratch) {
-      kernels().row_stats(task, begin, end, scratch, stats.mutable_data_ptr());
-    };
-    for_chunks(kernels(), task, Chunks(task), write);
+    row_stats_on_cpu(task, stats.mutable_data_ptr());
     return stats;
   }
 #ifdef DRSL_WITH_CUDA

@@ -31,7 +31,7 @@ from drsl_kernels.backends.triton.steps import label_weights_kernel, sum_kernel
 ELEMENTS = {"bf16": 2, "fp32": 4, "fp64": 8}
 ODD = "fp32"  # for which unusual arguments are compiled as well
 THOROUGH = "cuda:90"  # the target on which more is compiled
-USUAL = {THOROUGH: ("bf16", "fp32", "fp64")}  # elsewhere bf16 alone
+USUAL = {THOROUGH: ("bf16", "fp32")}  # elsewhere bf16 alone
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 

@@ -1,7 +1,8 @@
 // Chooses kernel and variant for a task. This file is compiled once per instruction set: DRSL_ISA names the set,
-// and with it the namespace of everything that the headers define. Relies on row_kernel.h, tile_kernel.h and
-// activation.h; dispatch.cpp picks one of the resulting tables at run time.
+// and with it the namespace of everything that the headers define. Relies on row_kernel.h, part_kernel.h,
+// tile_kernel.h and activation.h; dispatch.cpp picks one of the resulting tables at run time.
 #include "activation.h"
+#include "part_kernel.h"
 #include "row_kernel.h"
 #include "tile_kernel.h"
 

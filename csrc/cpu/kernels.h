@@ -1,5 +1,5 @@
 // What the rest of the project sees of the CPU kernels: a table of functions for the instruction set chosen at run
-// time. Plain C++, no torch; compute.cpp fills in a Task and calls `run`.
+// time. Plain C++, no torch; compute.cpp fills in a Task, on_cpu.cpp calls `run`.
 #pragma once
 
 #include <stdint.h>

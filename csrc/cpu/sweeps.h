@@ -1,4 +1,4 @@
-// Loops over the vectors of a row, and what remains of a vector for each of several rows. Relies on memory.h; row_kernel.h
+// Loops over the vectors of a row, and what remains of a vector for each of several rows. Relies on memory.h; row_passes.h
 // relies on it.
 #pragma once
 

@@ -164,7 +164,7 @@ def attack_command(checkpoints: tuple[Path, ...], sources: tuple[Path, ...], **o
                 raise click.ClickException(f"{subject.path}: {error}") from error
     reused = sum(result.reused for result in results)
     if reused:
-        console.print(f"Found finished in {out} and used again: {reused} attacks and checks.")
+        console.print(f"Found finished in {out} and used again: {reused} attacks and checks.", soft_wrap=True)
     for result in results:
         console.print(f"\n{heading(result)}", highlight=False, soft_wrap=True)
         console.print(results_table(result))

@@ -262,7 +262,8 @@ def compare_command(
     draw_pictures(comparison, out)
     write_pages(comparison, out)
     if comparison.reused:
-        console.print(f"Found finished in {out} and used again: {comparison.reused} of {len(comparison.runs)} runs.")
+        reused = f"{comparison.reused} of {len(comparison.runs)} runs"
+        console.print(f"Found finished in {out} and used again: {reused}.", soft_wrap=True)
     for table in results_tables(comparison):
         console.print(table)
     for line in finding_lines(comparison):
