@@ -217,7 +217,7 @@ def test(suite: Suite) -> Outcome:
     """pytest over tests/gpu; on the CPU, the same tests on small inputs."""
     junit = suite.out / "junit.xml"
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-m", "gpu", "-q", f"--junitxml={junit}"]
-    command += ["--on-cpu", "--first-and-last"] if suite.dry_run else ["--require-backends", *in_parallel()]
+    command += ["--on-cpu", "--one-each"] if suite.dry_run else ["--require-backends", *in_parallel()]
     result = suite.run(list(command), suite.budgets["test"])
     if not junit.exists():
         return Outcome(f"{result.failure}: {last_line(result)}")

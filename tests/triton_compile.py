@@ -104,7 +104,7 @@ def cases_of(element: str, lanes: int, thorough: bool, everything: bool) -> Iter
                     yield case._replace(constants=constants | blocks_of(shape), registers=shape.registers, **others)  # noqa: B023
 
         grid = [(10, 1), *((classes, 65536) for classes in (10, 250, 2000, 8000))]
-        for aligned in (True, False) if everything or (load == "heavy" and element != "fp64") else (True,):
+        for aligned in (True, False) if everything or (load == "heavy" and itemsize == 2) else (True,):
             width = 16 // itemsize if aligned else 0
             tile, alone = (tile_shape(itemsize, width, moments, weighted, x, lanes) for x in (False, True))
             constants |= {"WIDTH": width, **blocks_of(tile)}
@@ -122,8 +122,8 @@ def cases_of(element: str, lanes: int, thorough: bool, everything: bool) -> Iter
                 )
         # What a run of other arguments compiles: the mean's labels counted on the spot, classes that are pairs or odd,
         # rows in two dimensions, the loss alone.
-        odd = everything or (thorough and element == ODD and load == "light")
-        for width, flat in ((1, True), (1, False), (2, True)) if odd else ():
+        odd = ((1, False), (2, True)) if thorough and element == ODD and load == "light" else ()
+        for width, flat in ((1, True), (1, False), (2, True)) if everything else odd:
             tile = tile_shape(itemsize, width, moments, weighted, False, lanes)
             constants |= {"WIDTH": width, "FLAT": flat, "MEAN": 1, **blocks_of(tile)}
             if width == 2:
