@@ -28,9 +28,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
 from drsl_kernels.backends.triton.few_classes import rows_kernel
-from drsl_kernels.backends.triton.launch import CACHED as AT_WORK_SHARE
-from drsl_kernels.backends.triton.launch import MOST_AT_WORK, few_classes_shape, tile_shape
 from drsl_kernels.backends.triton.many_classes import row_kernel
+from drsl_kernels.backends.triton.shapes import CACHED as AT_WORK_SHARE
+from drsl_kernels.backends.triton.shapes import MOST_AT_WORK, few_classes_shape, tile_shape
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from triton_compile import CUOBJDUMP, Case, blocks_of, compiled
@@ -118,7 +118,7 @@ def case_of(rows: int, classes: int, dtype: str) -> tuple[Case, int]:
 
 
 def at_work(row_bytes: int) -> int:
-    """`rows_at_work` of launch.py, for this processor."""
+    """`rows_at_work` of shapes.py, for this processor."""
     return max(1, min(MOST_AT_WORK, int(AT_WORK_SHARE * CACHE / PROCESSORS / row_bytes)))
 
 

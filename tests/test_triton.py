@@ -19,7 +19,7 @@ from drsl_kernels import softmax_loss
 from drsl_kernels.spec import cached_loss_spec
 
 pytest.importorskip("triton")
-from drsl_kernels.backends.triton import launch, layouts
+from drsl_kernels.backends.triton import launch, layouts, shapes
 
 WEIGHTED: dict[str, Any] = {"distance": "non_target_logits", "label_smoothing": 0.1}
 INF, NAN = math.inf, math.nan
@@ -45,7 +45,7 @@ def test_programs_that_go_on_to_further_rows(classes: int, reduction: str, monke
     """As in a batch that would need hundreds of thousands of programs: here 4 or fewer have to do."""
     monkeypatch.setattr(launch, "WARPS_PER_PROCESSOR", 1)
     monkeypatch.setattr(launch, "WARPS_TO_SKIP", 1)
-    shape = launch.few_classes_shape(classes, 10**6, 4, 2)
+    shape = shapes.few_classes_shape(classes, 10**6, 4, 2)
     assert shape is not None
     rows = 9 * shape.rows + 1
     z, y = random_logits(rows, classes), random_labels(rows, classes=classes)
@@ -68,7 +68,7 @@ def test_long_rows_in_every_dtype(rows: int, dtype: str) -> None:
 def test_programs_that_go_on_to_further_long_rows(weighted: bool) -> None:
     """Two programs to each of 4 processors, and nearly two rows for each."""
     rows, classes = 15, 9001
-    assert launch.rows_at_work(torch.empty(0), classes) == 2
+    assert shapes.rows_at_work(torch.empty(0), classes) == 2
     z, y = random_logits(rows, classes), random_labels(rows, classes=classes)
     y[11] = -100
     z[13, 300:5000] = -INF

@@ -24,8 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from drsl_kernels.backends.triton.few_classes import rows_kernel
-from drsl_kernels.backends.triton.launch import Shape, Tile, few_classes_shape, options, sum_shape, tile_shape
 from drsl_kernels.backends.triton.many_classes import gradient_kernel, row_kernel, stats_kernel
+from drsl_kernels.backends.triton.shapes import Shape, Tile, few_classes_shape, options, sum_shape, tile_shape
 from drsl_kernels.backends.triton.steps import label_weights_kernel, sum_kernel
 
 ELEMENTS = {"bf16": 2, "fp32": 4, "fp64": 8}

@@ -1,7 +1,7 @@
 """Few classes: a program takes one tile of whole rows after the other, so the logits are read once and the gradient
 written once.
 
-Relies on steps.py; launch.py decides the shape of the tile and launches.
+Relies on steps.py; shapes.py decides the shape of the tile, launch.py launches.
 """
 
 from __future__ import annotations
