@@ -21,11 +21,12 @@ from drsl_kernels.robustness import pictures
 from drsl_kernels.robustness.attack_names import AttackParameters
 from drsl_kernels.robustness.data import digits
 from drsl_kernels.robustness.experiment import Comparison, Settings
-from drsl_kernels.robustness.inside_pictures import attack_correlation
+from drsl_kernels.robustness.inside_pictures import attack_correlation, telling_radius
 from drsl_kernels.robustness.insight import PLANE_IMAGES, Plane, feature_planes, wrong_class_distances
 from drsl_kernels.robustness.judging import Judging, RunResult
 from drsl_kernels.robustness.losses import TrainingLoss
 from drsl_kernels.robustness.masking import Check
+from drsl_kernels.robustness.mean_std import MeanStd
 from drsl_kernels.robustness.models import small_cnn
 from drsl_kernels.robustness.page import PAGES, write_pages
 from drsl_kernels.robustness.pictures import PICTURES, draw_pictures
@@ -210,9 +211,11 @@ def test_radii_that_are_nearly_alike(tmp_path: Path) -> None:
 def test_what_single_values_are_about(tmp_path: Path, images: int, said: str) -> None:
     found = comparison()
     text = markdown(tmp_path, replace(found, runs=tuple(replace(run, images=images) for run in found.runs)))
-    assert f"| distance and being broken, rank correlation ({said}, eps 0.1) |" in text
-    assert f"before and after the attack. Of {said}; the attack is within eps 0.1.](second_largest_softmax.png)" in text
-    assert f"Of {said}; the attack is within eps 0.1.](distance_and_attack.png)" in text
+    of = f"those of {said} that are right without an attack"
+    telling = found.settings.judging.epsilons[telling_radius(found)]
+    assert f"| distance and being broken, rank correlation ({of}, eps {telling:g}) |" in text
+    assert f"before and after the attack. Of {of}; the attack is within eps 0.1.](second_largest_softmax.png)" in text
+    assert f"Of {of}; the attack is within eps {telling:g}, where it broke nearest to half of them.](dist" in text
 
 
 def test_no_times(tmp_path: Path) -> None:
@@ -273,13 +276,35 @@ def test_a_browser_shows_every_picture(written: Path, tmp_path: Path) -> None:
 
 
 def test_correlation() -> None:
+    """Of the images that are right before, each seed on its own, at the radius that breaks half of them."""
     found = comparison(seeds=1)
-    ce = replace(
-        found.runs[0], distances=tuple(i / 100 for i in range(IMAGES)), fell=((2, -1, 0),) * 20 + ((0, 0, 1),) * 20
-    )
-    assert attack_correlation(replace(found, runs=(ce,)), CE) == pytest.approx(0.866, abs=1e-3)
-    alike = replace(ce, fell=((2, -1, 0),) * IMAGES)
+    survives, falls, wrong = (2, -1, 0), (0, 0, 1), (-1, -1, 0)
+    ce = replace(found.runs[0], distances=tuple(i / 100 for i in range(IMAGES)), fell=(survives,) * 20 + (falls,) * 20)
+    assert attack_correlation(replace(found, runs=(ce,)), CE) == MeanStd(pytest.approx(0.866, abs=1e-3), None)
+    alike = replace(ce, fell=(survives,) * IMAGES)
     assert attack_correlation(replace(found, runs=(alike,)), CE) is None
+
+    half = replace(ce, distances=ce.distances[:20], fell=(survives, falls, falls, survives) * 5)
+    more = replace(ce, distances=(*half.distances, *(0.0, 0.3) * 10), fell=(*half.fell, *(wrong,) * 20))
+    expected, got = (attack_correlation(replace(found, runs=(run,)), CE) for run in (half, more))
+    assert got == expected
+
+    moved = replace(ce, seed=1, distances=tuple(1 + d for d in ce.distances))  # apart, but each within itself as before
+    both = attack_correlation(replace(found, seeds=(0, 1), runs=(ce, moved)), CE)
+    assert both == MeanStd(pytest.approx(0.866, abs=1e-3), pytest.approx(0))
+
+    radii = replace(found.settings, judging=Judging(epsilons=(0.1, 0.3)))
+    late = replace(ce, fell=((1, 0, 1),) * 20 + (survives,) * 20)
+    assert telling_radius(replace(found, settings=radii, runs=(late,))) == 1
+    assert telling_radius(replace(found, settings=radii, runs=(ce,))) == 0
+
+
+def test_nothing_is_right_without_an_attack(tmp_path: Path) -> None:
+    found = comparison(seeds=1)
+    wrong = replace(found, runs=tuple(replace(run, fell=((-1, -1, 0),) * IMAGES) for run in found.runs))
+    draw_pictures(wrong, tmp_path)
+    write_pages(wrong, tmp_path)
+    assert attack_correlation(wrong, CE) is None
 
 
 def test_distances() -> None:

@@ -121,6 +121,10 @@ class RunResult:
     distances: tuple[float, ...]
     planes: tuple[Plane, ...]
 
+    def right(self) -> tuple[bool, ...]:
+        """Of each of the first `LISTED` images, whether it is classified rightly without an attack."""
+        return tuple(at >= 0 for at, _, _ in self.fell[:LISTED])
+
     def survived(self, radius: int) -> tuple[bool, ...]:
         """Of each of the first `LISTED` images, whether it survived the attacks at the radius of this index."""
         return tuple(at > radius for at, _, _ in self.fell[:LISTED])

@@ -20,6 +20,10 @@ class MeanStd:
     def of(values: Sequence[float]) -> MeanStd:
         return MeanStd(mean(values), stdev(values) if len(values) > 1 else None)
 
+    def signed(self) -> str:
+        spread = "" if self.std is None else f" ± {self.std:.2f}"
+        return f"{self.mean:+.2f}{spread}"
+
     def percent(self) -> str:
         spread = "" if self.std is None else f" ± {100 * self.std:.1f}"
         return f"{100 * self.mean:.1f}{spread}"

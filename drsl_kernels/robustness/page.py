@@ -16,7 +16,7 @@ from .attack_names import eps_names
 from .detection_report import detection_rows, detection_words
 from .experiment import Comparison
 from .identity import environment
-from .inside_pictures import attack_correlation
+from .inside_pictures import attack_correlation, telling_radius
 from .insight import PLANE_IMAGES
 from .judging import LISTED
 from .losses import BASELINE, TrainingLoss
@@ -75,9 +75,9 @@ def _page(comparison: Comparison) -> _Page:
     ]
     rows += time_rows(comparison, losses)
     ranks = [attack_correlation(comparison, loss) for loss in losses]
-    at = f"{_looked_at(comparison, LISTED)}, eps {comparison.settings.judging.histogram_eps():.4g}"
+    at = f"{_looked_at(comparison, LISTED)}, eps {_telling_eps(comparison):.4g}"
     rows.append(
-        [f"distance and being broken, rank correlation ({at})", *("" if r is None else f"{r:+.2f}" for r in ranks)]
+        [f"distance and being broken, rank correlation ({at})", *("" if r is None else r.signed() for r in ranks)]
     )
     software = "; ".join(f"{what} {value}" for what, value in environment().items())
     meaning = [f"{what}: {words}" for what, words in explanation(comparison).items()]
@@ -98,17 +98,26 @@ def _page(comparison: Comparison) -> _Page:
 def _looked_at(comparison: Comparison, most: int) -> str:
     """Of which images of each model single values are kept."""
     images = comparison.runs[0].images
-    return f"all {images} images" if images <= most else f"the first {most} of {images} images"
+    some = f"all {images} images" if images <= most else f"the first {most} of {images} images"
+    return f"those of {some} that are right without an attack"
+
+
+def _telling_eps(comparison: Comparison) -> float:
+    return comparison.settings.judging.epsilons[telling_radius(comparison)]
 
 
 def _captions(comparison: Comparison) -> dict[str, str]:
     """What the pictures show, and of how many images, after an attack of which radius."""
-    after = f"; the attack is within eps {comparison.settings.judging.histogram_eps():.4g}"
-    listed, plane = (f" Of {_looked_at(comparison, most)}{after}." for most in (LISTED, PLANE_IMAGES))
+    judging = comparison.settings.judging
+    within = f"; the attack is within eps {judging.histogram_eps():.4g}"
+    if judging.histogram_eps() > judging.epsilons[0]:
+        within += ", and an image that fell at a smaller one is shown as it fell"
+    listed, plane = (f" Of {_looked_at(comparison, most)}" for most in (LISTED, PLANE_IMAGES))
     looked_at = {
-        "second_largest_softmax.png": listed,
-        "distance_and_attack.png": listed,
-        "feature_planes.png": plane,
+        "second_largest_softmax.png": f"{listed}{within}.",
+        "distance_and_attack.png": f"{listed}; the attack is within eps {_telling_eps(comparison):.4g}, where it broke "
+        "nearest to half of them.",
+        "feature_planes.png": f"{plane}{within}.",
     }
     return {name: words + looked_at.get(name, "") for name, words in _CAPTIONS.items()}
 

@@ -84,24 +84,26 @@ def _second_largest_softmax(comparison: Comparison) -> Figure:
     eps = comparison.settings.judging.histogram_eps()
     for axes, loss in zip(grid.flat, losses, strict=False):
         runs = comparison.of(loss)
-        before = np.concatenate([run.second_largest_before for run in runs])
-        after = np.concatenate([run.second_largest_after for run in runs])
+        right = np.concatenate([np.array(run.right(), dtype=bool) for run in runs])
+        before = np.concatenate([run.second_largest_before for run in runs])[right]
+        after = np.concatenate([run.second_largest_after for run in runs])[right]
         for values, colour, label, style in (
             (before, _BEFORE, "before the attack", "stepfilled"),
-            (after, _AFTER, f"after the attack, eps {eps:g}", "step"),
+            (after, _AFTER, f"after the attack within eps {eps:g}", "step"),
         ):
             axes.hist(
                 values,
                 bins=bins,
-                weights=np.full(len(values), 100 / len(values)),
+                weights=np.full(len(values), 100 / max(len(values), 1)),
                 histtype=style,
                 color=colour,
                 alpha=0.75 if style == "stepfilled" else 1.0,
                 linewidth=1.8,
                 label=label,
             )
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
+        if len(before):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
         axes.set_title(str(loss), fontsize=10)
         axes.grid(alpha=0.3)
     figure.supxlabel(
