@@ -35,6 +35,7 @@ def main(check: bool) -> None:
     bottleneck = {"bottleneck": bottleneck_table(), "ranks": rank_table()}
     pages = {"README.md": readme, "docs/speed.md": speed, "docs/evidence/softmax_bottleneck.md": bottleneck}
     pages["docs/scale.md"] = scale_tables()
+    pages["docs/attacking.md"] = {"scaled": scaled_table()}
     pages["docs/language_model_heads.md"] = {"linear": linear_table()}
     pages["docs/language_models.md"] = {"results": language_model_table()}
     for name, tables in (pages | evidence_pages()).items():
@@ -99,6 +100,18 @@ def demo_table() -> str:
     lines.append(_row(["seconds per epoch", *[f"{c['seconds_per_epoch']:.4f}" for c in columns]]))
     lines.append(_row(["ratio to `F.cross_entropy`", *[f"{c['ratio_to_cross_entropy']:.2f}" for c in columns]]))
     return "\n".join(lines) + "\n"
+
+
+def scaled_table() -> str:
+    """What attacks leave of one network, by the factor on its logits."""
+    result = json.loads((RESULTS / "scaled_logits.json").read_text())
+    lines = [_row(["attacked through", *(f"x {factor}" for factor in result["factors"])])]
+    lines.append(_row(["---", *["---:"] * len(result["factors"])]))
+    lines += [_row([name, *(f"{100 * a:.1f}" for a in values)]) for name, values in result["robust_accuracy"].items()]
+    return "\n".join(lines) + (
+        f"\n\nPercent of {result['images']} test images that survive PGD with {result['steps']} steps and 2 random starts at eps "
+        f"{result['eps']:g}.\n"
+    )
 
 
 def linear_table() -> str:

@@ -56,6 +56,12 @@ def test_loop(tmp_path: Path) -> None:
     assert printed.count("of F.cross_entropy") == 5
 
 
+def test_scaled_logits(tmp_path: Path) -> None:
+    result, printed = run("scaled_logits.py", tmp_path, "--epochs", "1", "--steps", "1")
+    assert [len(values) for values in result["robust_accuracy"].values()] == [len(result["factors"])] * 3
+    assert printed.count("\n") == 3
+
+
 def test_a_target_is_met_or_not() -> None:
     sys.path.insert(0, str(BENCHMARKS))
     try:
