@@ -109,8 +109,8 @@ def scaled_table() -> str:
     lines.append(_row(["---", *["---:"] * len(result["factors"])]))
     lines += [_row([name, *(f"{100 * a:.1f}" for a in values)]) for name, values in result["robust_accuracy"].items()]
     return "\n".join(lines) + (
-        f"\n\nPercent of {result['images']} test images that survive PGD with {result['steps']} steps and 2 random starts at eps "
-        f"{result['eps']:g}.\n"
+        f"\n\nPercent of {result['images']} test images that survive PGD with {result['steps']} steps and 2 random starts "
+        f"at eps {result['eps']:g}.\n"
     )
 
 

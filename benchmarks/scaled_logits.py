@@ -1,7 +1,8 @@
 """Attacks on one network whose logits are multiplied: `python benchmarks/scaled_logits.py --out FILE.json`.
 
 A factor changes no decision, so it must change no worst case. It does change what is left of the gradient of
-F.cross_entropy, which rounds 1 - p to 0. The table is in docs/attacking.md. Relies on `machine` and the package's attacks.
+F.cross_entropy, which rounds 1 - p to 0. The table is in docs/attacking.md. Relies on `machine` and the package's
+attacks.
 """
 
 from __future__ import annotations
