@@ -108,10 +108,8 @@ def scaled_table() -> str:
     lines = [_row(["attacked through", *(f"x {factor}" for factor in result["factors"])])]
     lines.append(_row(["---", *["---:"] * len(result["factors"])]))
     lines += [_row([name, *(f"{100 * a:.1f}" for a in values)]) for name, values in result["robust_accuracy"].items()]
-    return "\n".join(lines) + (
-        f"\n\nPercent of {result['images']} test images that survive PGD with {result['steps']} steps and 2 random starts "
-        f"at eps {result['eps']:g}.\n"
-    )
+    attack = f"PGD with {result['steps']} steps and 2 random starts at eps {result['eps']:g}"
+    return "\n".join(lines) + f"\n\nPercent of {result['images']} test images that survive {attack}.\n"
 
 
 def linear_table() -> str:
