@@ -138,7 +138,7 @@ def compare(
     Each run has a folder of its own below folder/runs: see `engine` for what training keeps there, and how it goes on
     after a kill. A trained model is used again if its settings are the same, what judging found if moreover weights,
     images, attacks, software and machine type are; `fresh` begins every run anew. A folder of other settings is
-    emptied and used. Within a seed all losses start from the same weights and see the images in the same order.
+    set aside in replaced-N. Within a seed all losses start from the same weights and see the images in the same order.
 
     Raises:
         FloatingPointError: training or a model gives NaN.
