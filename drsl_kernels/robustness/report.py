@@ -72,13 +72,15 @@ def _timing_in_words(comparison: Comparison) -> str:
 
 
 def finding_lines(comparison: Comparison) -> list[Text]:
-    """The masking checks that warn, and how many do not."""
+    """The masking checks that warn, and how many pass or cannot tell."""
     findings = comparison.findings()
     warnings = [finding for finding in findings if finding.outcome == "warning"]
     lines = [Text.assemble(("WARNING", "bold red"), f" {finding.in_words()}") for finding in warnings]
     if findings:
         passed = sum(finding.outcome == "passed" for finding in findings)
-        lines.append(Text(f"masking checks: {len(warnings)} of {len(findings)} warn, {passed} pass; see the report"))
+        rest = len(findings) - len(warnings) - passed
+        told = f"{len(warnings)} of {len(findings)} warn, {passed} pass, {rest} cannot tell"
+        lines.append(Text(f"masking checks: {told}; see the report"))
     return lines
 
 
