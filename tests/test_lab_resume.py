@@ -233,8 +233,9 @@ def test_killed_between_a_file_and_its_name(tmp_path: Path, monkeypatch: pytest.
             run(TINY, folder, tensorboard=False)
     (left,) = folder.glob(".unfinished-*")
     left.rename(left.with_name(".unfinished-1-of-another-process"))
+    (folder / ".unfinished-notes").touch()
     run(TINY, folder, resume=True, tensorboard=False)
-    assert not list(folder.glob(".unfinished-*"))
+    assert [path.name for path in folder.glob(".unfinished-*")] == [".unfinished-notes"]
     assert_same_run(folder, tmp_path / "undisturbed")
 
 

@@ -51,10 +51,10 @@ class TestSoleUse:
     def test_of_two_one_trains(self, tmp_path: Path) -> None:
         class Second(Silent):
             def begin(self, *_: object) -> None:
-                (tmp_path / ".unfinished-of-the-first").touch()
+                (tmp_path / ".unfinished-1-of-the-first").touch()
                 with pytest.raises(BlockingIOError, match=f"another process trains in {tmp_path}: wait until it ends"):
                     resume(tmp_path)
-                assert (tmp_path / ".unfinished-of-the-first").exists()
+                assert (tmp_path / ".unfinished-1-of-the-first").exists()
 
         run(QUICK, tmp_path, tensorboard=False, progress=Second())
         assert resume(tmp_path).was_finished

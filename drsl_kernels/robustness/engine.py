@@ -29,7 +29,7 @@ from .models import make_model
 from .optimisation import learning_rate_at
 from .random_streams import deterministic, own_random_state, seed_for
 from .settings import TrainingSettings
-from .storage import write_json
+from .storage import clear_unfinished, write_json
 from .train import EpochLog, EpochSums, make_optimizer, make_scaler, train_epoch
 from .training_folder import (
     BEST,
@@ -198,8 +198,7 @@ class _Training:
         self.world.wait()  # no process writes before all have looked
         if self.world.rank:
             return
-        for unfinished in self.folder.glob(".unfinished-*"):
-            unfinished.unlink()
+        clear_unfinished(self.folder, sole_use=True)
         if not (self.folder / SETTINGS).exists():
             write_json(self.folder / SETTINGS, settings_json(self.settings, self.world, images))
 
