@@ -79,6 +79,14 @@ class TestFailures:
             assert result.exit_code == 2, result.output
             assert message in " ".join(result.output.replace("│", " ").split())
 
+    @pytest.mark.parametrize("model", [None, [1], {1: torch.ones(1)}, {"weight": torch.ones(1)}])
+    def test_a_model_of_another_kind(self, trained: Pair, tmp_path: Path, model: object) -> None:
+        path = tmp_path / "other.pt"
+        save_checkpoint(path, torch.load(trained[0], weights_only=True) | {"model": model})
+        result = drsl_attack(path, "--out", tmp_path / "never")
+        assert result.exit_code == 2, result.output
+        assert f"cannot load {path}: " in " ".join(result.output.replace("│", " ").split())
+
     def test_models_that_do_not_fit(self, trained: Pair, tmp_path: Path) -> None:
         path = tmp_path / "three" / "best.pt"
         path.parent.mkdir(parents=True)

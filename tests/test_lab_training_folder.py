@@ -137,6 +137,33 @@ class TestRefusals:
             resume(folder)
 
     @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"rows": None}, "holds a model but no state"),
+            ({"rows": [{}]}, "holds no state that this training could go on from, TypeError: "),
+            ({"order": torch.ones(3)}, "holds no state that this training could go on from, TypeError: "),
+            ({"best_epoch": 3}, "holds no state that this training could go on from, ValueError: best_epoch is 3 of 2"),
+            ({"optimizer": {}}, "holds no state that this training could go on from, KeyError: "),
+        ],
+    )
+    def test_a_state_of_another_kind(self, folder: Path, change: dict[str, Any], message: str) -> None:
+        content = load_checkpoint(folder / "last.pt")
+        save_checkpoint(folder / "last.pt", content | {"state": content["state"] | change})
+        result = CliRunner().invoke(drsl, ["train", "--resume", "--out", str(folder)])
+        assert result.exit_code == 1
+        assert f"Error: {folder / 'last.pt'} {message}" in result.output
+        assert "train anew in another folder" in result.output
+
+    def test_a_damaged_checkpoint(self, folder: Path) -> None:
+        whole = bytearray((folder / "last.pt").read_bytes())
+        whole[len(whole) // 2] ^= 1
+        (folder / "last.pt").write_bytes(whole)
+        result = CliRunner().invoke(drsl, ["train", "--resume", "--out", str(folder)])
+        assert result.exit_code == 1
+        assert f"Error: {folder / 'last.pt'} is no checkpoint of drsl train: it is damaged" in result.output
+        assert "train anew in another folder" in result.output
+
+    @pytest.mark.parametrize(
         ("other", "message"),
         [
             (replace(QUICK, seed=1), "seed was 1 and is now 0"),

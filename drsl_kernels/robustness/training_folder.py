@@ -24,6 +24,7 @@ from .settings import TrainingSettings, differences
 from .storage import read_json
 
 __all__ = [
+    "ANEW",
     "BEST",
     "CURVES",
     "FILES",
@@ -45,6 +46,7 @@ BEST: Final = "best.pt"
 METRICS: Final = "metrics.csv"
 CURVES: Final = "tensorboard"
 FILES: Final = (SETTINGS, LAST, BEST, METRICS)
+ANEW: Final = "train anew in another folder (drsl compare: or with --fresh)"
 
 _LOCK: Final = ".lock"
 _KEYS: Final = ("settings", "processes", "software")  # of settings.json
@@ -176,9 +178,13 @@ def _lost_best(folder: Path, last: dict[str, Any]) -> bool:
 
 
 def _last(folder: Path) -> dict[str, Any]:
-    content = load_checkpoint(folder / LAST)
-    if "state" not in content:
-        raise ValueError(f"{folder / LAST} holds a model but no state that training could go on from")
+    try:
+        content = load_checkpoint(folder / LAST)
+    except ValueError as error:
+        raise ValueError(f"{error}: {ANEW}") from error
+    state = content.get("state")
+    if not isinstance(state, dict) or not isinstance(state.get("rows"), list):
+        raise ValueError(f"{folder / LAST} holds a model but no state that training could go on from: {ANEW}")
     return content
 
 
