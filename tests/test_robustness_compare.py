@@ -327,6 +327,7 @@ class TestCompare:
             (["--held-out", "train"], "'train' is not one of 'test', 'validation'"),
             (["--device", "abacus"], "cannot use 'abacus' here"),
             (["--device", "meta"], "cannot use 'meta' here"),
+            (["--data-dir", "data"], "--data-dir needs a --dataset with files, which digits has not, or --detect"),
         ],
     )
     def test_bad_options(self, tmp_path: Path, options: list[str], message: str) -> None:

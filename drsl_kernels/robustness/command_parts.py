@@ -27,6 +27,7 @@ __all__ = [
     "one_process",
     "plain_console",
     "prepare_folder",
+    "refuse_file",
     "reproducible",
 ]
 
@@ -76,6 +77,16 @@ def fix_cublas(device: str) -> None:
     """On a GPU let products be summed in one order; this is read when a GPU is first used."""
     if device.startswith("cuda"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def refuse_file(folder: Path) -> None:
+    """Find out that a folder cannot be made, a file being in its place, without making it."""
+    for place in (folder, *folder.parents):
+        if place.exists():
+            if not place.is_dir():
+                reason = f"{'it' if place == folder else place} is a file, not a folder"
+                raise click.BadParameter(f"cannot write to {folder}: {reason}", param_hint="--out")
+            return
 
 
 def prepare_folder(folder: Path, files: Sequence[Path]) -> None:

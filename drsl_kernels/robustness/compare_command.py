@@ -315,6 +315,8 @@ def _settings(options: dict[str, Any]) -> Settings:
         if classes < least_classes(name):
             needs = f"{name} needs {least_classes(name)} classes or more, {training.dataset} has {classes}"
             raise click.BadParameter(needs, param_hint="--attacks")
+    if "data_dir" in given and training.dataset == "digits" and not options["detect"]:
+        raise click.UsageError("--data-dir needs a --dataset with files, which digits has not, or --detect")
     judging = Judging(
         epsilons=options["eps"],
         attacks=attacks,

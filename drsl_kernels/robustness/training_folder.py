@@ -29,6 +29,7 @@ __all__ = [
     "CURVES",
     "FILES",
     "LAST",
+    "LOCK",
     "METRICS",
     "SETTINGS",
     "check_folder",
@@ -48,7 +49,7 @@ CURVES: Final = "tensorboard"
 FILES: Final = (SETTINGS, LAST, BEST, METRICS)
 ANEW: Final = "train anew in another folder (drsl compare: or with --fresh)"
 
-_LOCK: Final = ".lock"
+LOCK: Final = ".lock"  # left by a process that was killed
 _KEYS: Final = ("settings", "processes", "software")  # of settings.json
 
 
@@ -65,11 +66,11 @@ def sole_use(folder: Path) -> Iterator[None]:
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        descriptor = _locked(folder / _LOCK)
+        descriptor = _locked(folder / LOCK)
         try:
             yield
         finally:
-            (folder / _LOCK).unlink(missing_ok=True)
+            (folder / LOCK).unlink(missing_ok=True)
             os.close(descriptor)
     finally:
         with suppress(OSError):  # of the first that is not empty
