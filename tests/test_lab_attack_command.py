@@ -213,6 +213,17 @@ class TestUsedAgain:
         assert result.exit_code == 0, result.output
         assert "used again" not in result.output
 
+    def test_the_table_of_other_checkpoints_is_kept(self, trained: Pair, tmp_path: Path) -> None:
+        options = ("--attacks", "fgsm", "--samples", 20, "--check-samples", 0, "--out", tmp_path)
+        kept = tmp_path / "replaced-1"
+        assert "kept" not in drsl_attack(trained[0], *options).output
+        before = results(tmp_path)
+        assert f"are of other checkpoints. They are kept in {kept}" in drsl_attack(trained[1], *options).output
+        assert results(kept) == before
+        assert sorted(os.listdir(kept)) == ["results.csv", "results.json"]
+        assert "kept" not in drsl_attack(*trained, *options).output  # these are among them
+        assert [entry["path"] for entry in results(tmp_path)["checkpoints"]] == [str(path) for path in trained]
+
     @pytest.mark.parametrize("content", ["", "{}", "[]", None])
     def test_what_is_not_whole_is_not_trusted(self, again: Run, tmp_path: Path, content: str | None) -> None:
         paths = sorted((tmp_path / "parts").iterdir())

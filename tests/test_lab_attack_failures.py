@@ -79,6 +79,24 @@ class TestFailures:
             assert result.exit_code == 2, result.output
             assert message in " ".join(result.output.replace("│", " ").split())
 
+    @pytest.mark.parametrize("model", [None, [1], {1: torch.ones(1)}, {"weight": torch.ones(1)}])
+    def test_a_model_of_another_kind(self, trained: Pair, tmp_path: Path, model: object) -> None:
+        path = tmp_path / "other.pt"
+        save_checkpoint(path, torch.load(trained[0], weights_only=True) | {"model": model})
+        result = drsl_attack(path, "--out", tmp_path / "never")
+        assert result.exit_code == 2, result.output
+        assert f"cannot load {path}: " in " ".join(result.output.replace("│", " ").split())
+
+    @pytest.mark.parametrize("content", ['{"my": "results"}', "[]", "", '{"summary": [], "runs": []}'])
+    def test_results_of_others(self, trained: Pair, tmp_path: Path, content: str) -> None:
+        (tmp_path / "results.json").write_text(content)
+        result = drsl_attack(trained[0], "--out", tmp_path)
+        assert result.exit_code == 2, result.output
+        message = f"Invalid value for --out: {tmp_path / 'results.json'} is not of drsl attack, which would replace it"
+        assert message in " ".join(result.output.replace("│", " ").split())
+        assert (tmp_path / "results.json").read_text() == content
+        assert os.listdir(tmp_path) == ["results.json"]
+
     def test_models_that_do_not_fit(self, trained: Pair, tmp_path: Path) -> None:
         path = tmp_path / "three" / "best.pt"
         path.parent.mkdir(parents=True)

@@ -233,8 +233,9 @@ def test_killed_between_a_file_and_its_name(tmp_path: Path, monkeypatch: pytest.
             run(TINY, folder, tensorboard=False)
     (left,) = folder.glob(".unfinished-*")
     left.rename(left.with_name(".unfinished-1-of-another-process"))
+    (folder / ".unfinished-notes").touch()
     run(TINY, folder, resume=True, tensorboard=False)
-    assert not list(folder.glob(".unfinished-*"))
+    assert [path.name for path in folder.glob(".unfinished-*")] == [".unfinished-notes"]
     assert_same_run(folder, tmp_path / "undisturbed")
 
 
@@ -376,11 +377,32 @@ class TestCheckpoints:
         whole = (folder / "last.pt").read_bytes()
         for content in (b"", b"text", whole[: len(whole) // 2]):
             (tmp_path / "part.pt").write_bytes(content)
-            with pytest.raises(ValueError, match=r"part\.pt is no checkpoint of drsl train"):
+            message = r"part\.pt is no checkpoint of drsl train: it is damaged, or a file of another kind$"
+            with pytest.raises(ValueError, match=message):
                 load_checkpoint(tmp_path / "part.pt")
         torch.save([1], tmp_path / "list.pt")
         with pytest.raises(ValueError, match="it must be a dict with about, format, model"):
             load_checkpoint(tmp_path / "list.pt")
+
+    def test_a_flipped_byte(self, tmp_path: Path) -> None:
+        """Wherever it is, the file is refused or tells the same."""
+        path = tmp_path / "a.pt"
+        content = {"format": 1, "about": {"seed": 1}, "model": {"weight": torch.arange(4.0)}}
+        save_checkpoint(path, content)
+        whole, refused = path.read_bytes(), 0
+        for i, byte in enumerate(whole):
+            path.write_bytes(whole[:i] + bytes([byte ^ 0xFF]) + whole[i + 1 :])
+            try:
+                assert equal(load_checkpoint(path), content)
+            except ValueError:
+                refused += 1
+        assert refused > len(whole) / 3
+
+    @pytest.mark.parametrize("model", [None, [1], {1: torch.ones(1)}, {"weight": 1}])
+    def test_a_model_of_another_kind(self, tmp_path: Path, model: object) -> None:
+        save_checkpoint(tmp_path / "a.pt", {"format": 1, "about": {}, "model": model})
+        with pytest.raises(ValueError, match=r"a\.pt is no checkpoint .*'model' must be a dict of tensors"):
+            load_model(tmp_path / "a.pt")
 
     def test_a_later_format(self, tmp_path: Path) -> None:
         save_checkpoint(tmp_path / "later.pt", {"format": 2, "about": {}, "model": {}})

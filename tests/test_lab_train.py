@@ -263,14 +263,14 @@ class TestCommand:
             *("--augmentation", "crop_flip", "--amp", "bfloat16", "--adversarial", "madry", "--eps", "8/255"),
             *("--alpha", "0.01", "--steps", "3", "--norm", "l2", "--no-random-start", "--inner-loss", "training"),
             *("--craft-mode", "eval", "--seed", "5", "--samples", "50", "--threads", "2"),
-            *("--data-dir", "somewhere", "--robust-images", "64"),
+            *("--dataset", "mnist", "--data-dir", "somewhere", "--robust-images", "64"),
         )
         attack = Adversarial("madry", 8 / 255, 0.01, 3, "l2", False, "training", 6.0, "eval")
         recipe = Recipe(
             *(7, 9, 0.3, "sgd", 0.01, 0.5, "multistep", (2, 4), 0.5, 3.0, 0.1, 0.2, "crop_flip", "bfloat16", attack)
         )
         assert self.settings(monkeypatch, tmp_path, *options) == TrainingSettings(
-            *("digits", "small_cnn", TrainingLoss("non_target_logits", 0.3), recipe, 5, "cpu", 2, 50, 64),
+            *("mnist", "small_cnn", TrainingLoss("non_target_logits", 0.3), recipe, 5, "cpu", 2, 50, 64),
             data_dir=Path("somewhere"),
         )
 
@@ -321,7 +321,8 @@ class TestCommand:
             (["--device", "abacus"], 2, "cannot use 'abacus' here"),
             (["--loss", "gce", "--label-smoothing", "0.1"], 1, "label_smoothing must be 0 with loss gce, got 0.1"),
             (["--loss", "hinge"], 2, "'hinge' is not one of"),
-            (["--resume"], 2, "holds no training run to resume; to begin one there, give --dataset"),
+            (["--resume"], 2, "holds no training run to resume; to begin one there, leave out --resume or give other"),
+            (["--data-dir", "data"], 2, "--data-dir needs a --dataset with files, which digits has not"),
         ],
     )
     def test_bad_options(self, tmp_path: Path, options: list[str], code: int, message: str) -> None:
@@ -330,6 +331,22 @@ class TestCommand:
         flat = " ".join(result.output.replace("│", " ").split())
         assert message in flat
         assert not (tmp_path / "never").exists()
+
+    def test_killed_before_it_wrote_anything(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """The same command with --resume begins the run; where it had no options, the lock that is left tells."""
+        assert self.settings(monkeypatch, tmp_path, "--resume", "--loss", "kl").loss.name == "kl"
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / ".lock").touch()
+        assert self.settings(monkeypatch, tmp_path, "--resume") == TrainingSettings()
+
+    def test_a_file_where_the_folder_should_be(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("COLUMNS", "1000")
+        file = tmp_path / "file"
+        file.touch()
+        for out, what in ((file, "it"), (file / "below", str(file))):
+            result = self.invoke("--out", str(out))
+            assert result.exit_code == 2
+            assert f"Invalid value for --out: cannot write to {out}: {what} is a file, not a folder" in result.output
 
     def test_missing_data(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def missing(*_: Any, **__: Any) -> Split:

@@ -51,10 +51,10 @@ class TestSoleUse:
     def test_of_two_one_trains(self, tmp_path: Path) -> None:
         class Second(Silent):
             def begin(self, *_: object) -> None:
-                (tmp_path / ".unfinished-of-the-first").touch()
+                (tmp_path / ".unfinished-1-of-the-first").touch()
                 with pytest.raises(BlockingIOError, match=f"another process trains in {tmp_path}: wait until it ends"):
                     resume(tmp_path)
-                assert (tmp_path / ".unfinished-of-the-first").exists()
+                assert (tmp_path / ".unfinished-1-of-the-first").exists()
 
         run(QUICK, tmp_path, tensorboard=False, progress=Second())
         assert resume(tmp_path).was_finished
@@ -135,6 +135,33 @@ class TestRefusals:
         shutil.copy(folder / "best.pt", folder / "last.pt")
         with pytest.raises(ValueError, match=r"last\.pt holds a model but no state that training could go on from"):
             resume(folder)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"rows": None}, "holds a model but no state"),
+            ({"rows": [{}]}, "holds no state that this training could go on from, TypeError: "),
+            ({"order": torch.ones(3)}, "holds no state that this training could go on from, TypeError: "),
+            ({"best_epoch": 3}, "holds no state that this training could go on from, ValueError: best_epoch is 3 of 2"),
+            ({"optimizer": {}}, "holds no state that this training could go on from, KeyError: "),
+        ],
+    )
+    def test_a_state_of_another_kind(self, folder: Path, change: dict[str, Any], message: str) -> None:
+        content = load_checkpoint(folder / "last.pt")
+        save_checkpoint(folder / "last.pt", content | {"state": content["state"] | change})
+        result = CliRunner().invoke(drsl, ["train", "--resume", "--out", str(folder)])
+        assert result.exit_code == 1
+        assert f"Error: {folder / 'last.pt'} {message}" in result.output
+        assert "train anew in another folder" in result.output
+
+    def test_a_damaged_checkpoint(self, folder: Path) -> None:
+        whole = bytearray((folder / "last.pt").read_bytes())
+        whole[len(whole) // 2] ^= 1
+        (folder / "last.pt").write_bytes(whole)
+        result = CliRunner().invoke(drsl, ["train", "--resume", "--out", str(folder)])
+        assert result.exit_code == 1
+        assert f"Error: {folder / 'last.pt'} is no checkpoint of drsl train: it is damaged" in result.output
+        assert "train anew in another folder" in result.output
 
     @pytest.mark.parametrize(
         ("other", "message"),

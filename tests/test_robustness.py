@@ -379,6 +379,15 @@ class TestStorage:
             os.utime(path, (0, 0))
         storage.clear_unfinished(tmp_path)
         assert sorted(tmp_path.iterdir()) == [new, result]
+        storage.clear_unfinished(tmp_path, sole_use=True)
+        assert list(tmp_path.iterdir()) == [result]
+
+    def test_what_others_call_unfinished_stays(self, tmp_path: Path) -> None:
+        notes, folder = tmp_path / ".unfinished-notes", tmp_path / ".unfinished-1-folder"
+        notes.touch()
+        folder.mkdir()
+        storage.clear_unfinished(tmp_path, sole_use=True)
+        assert sorted(tmp_path.iterdir()) == [folder, notes]
 
     def test_nan_is_not_json(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="not JSON compliant"):

@@ -327,6 +327,7 @@ class TestCompare:
             (["--held-out", "train"], "'train' is not one of 'test', 'validation'"),
             (["--device", "abacus"], "cannot use 'abacus' here"),
             (["--device", "meta"], "cannot use 'meta' here"),
+            (["--data-dir", "data"], "--data-dir needs a --dataset with files, which digits has not, or --detect"),
         ],
     )
     def test_bad_options(self, tmp_path: Path, options: list[str], message: str) -> None:
@@ -367,6 +368,19 @@ class TestCompare:
         assert result.exit_code == 2, result.output
         assert str(place) in "".join(result.output.split("\n"))
         assert ("it is a folder, not a file" if is_folder else "it is a file, not a folder") in result.output
+
+    @pytest.mark.parametrize("command", ["compare", "lm"])
+    @pytest.mark.parametrize("content", [{"my": "results"}, {"meaning": {}, "settings": {}, "checkpoints": []}])
+    def test_results_of_others(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, content: dict[str, Any]
+    ) -> None:
+        monkeypatch.setenv("COLUMNS", "1000")
+        file = tmp_path / "results.json"
+        file.write_text(json.dumps(content))
+        result = CliRunner().invoke(drsl, [command, "--out", str(tmp_path)])
+        assert result.exit_code == 2, result.output
+        assert f"Invalid value for --out: {file} is not of drsl {command}, which would replace it" in result.output
+        assert os.listdir(tmp_path) == ["results.json"]
 
     def test_no_name_for_the_folder(self) -> None:
         result = drsl_compare(*TINY, "--out", "")

@@ -22,12 +22,22 @@ from .attack_options import (
     targets_option,
 )
 from .attack_parts import parts_of
-from .attack_report import RESULTS, check_lines, explanation, heading, results_table, wave_lines, write_results
+from .attack_report import (
+    RESULTS,
+    check_lines,
+    digests_of,
+    explanation,
+    heading,
+    results_table,
+    wave_lines,
+    write_results,
+)
 from .attack_run import AttackSettings, Subject, attack_checkpoint, load_subject
 from .attacks import NORMS, Norm
 from .command_parts import (
     ProgressBars,
     check_device,
+    earlier_results,
     keep_freed_memory,
     one_process,
     plain_console,
@@ -37,6 +47,7 @@ from .command_parts import (
 from .data import PARTS, Part
 from .fourier_pictures import draw_heat_map, heat_map_name
 from .options import Folder, Radii, check_radius
+from .storage import set_aside
 
 __all__ = ["attack_command"]
 
@@ -102,7 +113,8 @@ _MOST_THREADS: Final = 1024
     type=Folder(),
     default=Path("drsl-attack"),
     show_default=True,
-    help="Folder for the results. Finished attacks found in it are used again if made with the same options.",
+    help="Folder for the results. Finished attacks found in it are used again if made with the same options; a table "
+    "of other checkpoints is kept in a folder replaced-1, replaced-2, ...",
 )
 @click.option("--fresh", is_flag=True, help="Attack again even where a finished attack is found.")
 @click.option(
@@ -146,9 +158,13 @@ def attack_command(checkpoints: tuple[Path, ...], sources: tuple[Path, ...], **o
     models = [_load(path, settings.device, "CHECKPOINT") for path in dict.fromkeys(checkpoints)]
     strangers = [_load(path, settings.device, "--transfer-from") for path in dict.fromkeys(sources)]
     _check_fit(settings, models, strangers)
+    before = earlier_results(out / RESULTS[0], ("meaning", "settings", "checkpoints"), "drsl attack")
     maps = [heat_map_name(model) for model in models] if FOURIER in settings.attacks else []
     prepare_folder(out, [out / name for name in (*RESULTS, *maps)] + [parts_of(out) / "any.json"])
     console = plain_console()
+    if before is not None and not digests_of(before) <= {model.digest for model in models}:
+        kept = set_aside(out, RESULTS)
+        console.print(f"The results in {out} are of other checkpoints. They are kept in {kept}", soft_wrap=True)
     results = []
     with reproducible(settings.threads), ProgressBars(console, len(models)) as bars:
         for subject in models:

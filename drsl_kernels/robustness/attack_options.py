@@ -1,6 +1,6 @@
 """Options of attacks that several commands have, and what they say together.
 
-Relies on `options` and `attack_names`; `attack_command` and `commands` rely on it.
+Relies on `options` and `attack_names`; `attack_command` and `compare_command` rely on it.
 """
 
 from __future__ import annotations

@@ -21,7 +21,16 @@ from .identity import environment
 from .masking import Check
 from .storage import write_atomically, write_json
 
-__all__ = ["RESULTS", "check_lines", "explanation", "heading", "results_table", "wave_lines", "write_results"]
+__all__ = [
+    "RESULTS",
+    "check_lines",
+    "digests_of",
+    "explanation",
+    "heading",
+    "results_table",
+    "wave_lines",
+    "write_results",
+]
 
 RESULTS: Final = ("results.json", "results.csv")
 
@@ -101,6 +110,11 @@ def write_results(settings: AttackSettings, results: Sequence[Attacked], folder:
     }
     write_json(as_json, content)
     write_atomically(as_csv, lambda path: _write_csv(settings, results, path))
+
+
+def digests_of(content: dict[str, Any]) -> set[str]:
+    """Of the checkpoints that `write_results` told of."""
+    return {entry["sha256"] for entry in content["checkpoints"]}
 
 
 def _line(check: Check) -> Text:

@@ -27,7 +27,7 @@ _NORMS: Final = {"linf": "Linf", "l2": "L2"}
 # The DLR loss compares with the third largest logit, its targeted form with the fourth.
 _LEAST_CLASSES: Final = {"apgd-dlr": 3, "apgd-t": 4}
 
-# The package warns of zero gradients here; `masking.zero_gradients` counts them.
+# The package warns of zero gradients here; `masking.gradients_vanish` counts them.
 _LOGGER: Final = logging.getLogger("drsl_kernels.robustness.autoattack")
 _LOGGER.addHandler(logging.NullHandler())
 

@@ -1,6 +1,6 @@
 """Balls around samples: where attacks start, which way they go, and how they stay inside.
 
-Relies on torch alone; `attacks`, `adversarial`, `autoattack` and `evaluate` rely on it.
+Relies on torch alone; attacks, `adversarial`, `evaluate`, `recipe`, `settings`, `train_command` and `lm` rely on it.
 """
 
 from __future__ import annotations

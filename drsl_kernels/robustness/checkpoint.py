@@ -7,12 +7,13 @@ data_dir, epoch, versions), "model" (its state_dict) and, in one that training c
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from drsl_kernels.spec import number
 
@@ -25,6 +26,7 @@ __all__ = ["FORMAT", "LoadedModel", "load_checkpoint", "load_model", "save_check
 
 FORMAT: Final = 1
 _KEYS: Final = {"format", "about", "model"}
+_FOLDER: Final = 0x10  # among the attributes of a member of a zip file
 
 # Of "about" what a model is made from and what attacks need to know, and their types.
 _ABOUT: Final[dict[str, tuple[type, ...]]] = {
@@ -76,23 +78,28 @@ def load_checkpoint(path: Path | str, *, command: str = "drsl train") -> dict[st
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no checkpoint of that command, or of a later format.
+        ValueError: the file is damaged, no checkpoint of that command, or of a later format.
     """
     path = Path(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        path.open("rb").close()
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no checkpoint {path}") from None
-    except OSError:
-        raise
-    except Exception as error:  # what a reader of pickles raises on other files is anything
+    not_one = f"{path} is no checkpoint of {command}"
+    try:
+        _check_sums(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what readers of zip files and pickles raise on other files is anything
         # torch's own text begins with advice on how to trust the file nonetheless.
-        reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition("\n")[0].partition(". ")[0]
-        raise ValueError(f"{path} is no checkpoint of {command}: {reason or 'it is damaged'}") from error
+        reason = str(error).partition("WeightsUnpickler error: ")[2].partition("\n")[0].partition(". ")[0]
+        raise ValueError(f"{not_one}: {reason or 'it is damaged, or a file of another kind'}") from error
     if not isinstance(content, dict) or not content.keys() >= _KEYS:
-        raise ValueError(f"{path} is no checkpoint of {command}: it must be a dict with {', '.join(sorted(_KEYS))}")
-    if content["format"] != FORMAT:
-        raise ValueError(f"{path} has format {content['format']!r}, and this version of drsl_kernels reads {FORMAT}")
+        raise ValueError(f"{not_one}: it must be a dict with {', '.join(sorted(_KEYS))}")
+    version, model = content["format"], content["model"]
+    if not isinstance(version, int) or version != FORMAT:
+        raise ValueError(f"{path} has format {version!r}, and this version of drsl_kernels reads {FORMAT}")
+    if not isinstance(model, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in model.items()):
+        raise ValueError(f"{not_one}: 'model' must be a dict of tensors by their names")
     return content
 
 
@@ -120,6 +127,15 @@ def load_model(path: Path | str, *, device: torch.device | str = "cpu") -> Loade
         raise ValueError(f"{path} does not tell what model it holds: {error}") from error
     model.load_state_dict(content["model"])
     return LoadedModel(model.to(device).eval(), about)
+
+
+def _check_sums(path: Path) -> None:
+    """Raises an error where a file is no zip file that is whole, which `torch.load` does not look at."""
+    with zipfile.ZipFile(path) as file:
+        # Of a member that is marked as a folder torch reads nothing: its tensor holds whatever the memory did.
+        damaged = next((i.filename for i in file.infolist() if i.external_attr & _FOLDER), file.testzip())
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"{damaged} is damaged")
 
 
 def _check_about(about: Any) -> None:

@@ -7,26 +7,28 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import click
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .storage import clear_unfinished
+from .storage import clear_unfinished, read_json
 
 __all__ = [
     "ProgressBars",
     "check_device",
+    "earlier_results",
     "fix_cublas",
     "keep_freed_memory",
     "one_process",
     "plain_console",
     "prepare_folder",
+    "refuse_file",
     "reproducible",
 ]
 
@@ -76,6 +78,30 @@ def fix_cublas(device: str) -> None:
     """On a GPU let products be summed in one order; this is read when a GPU is first used."""
     if device.startswith("cuda"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def refuse_file(folder: Path) -> None:
+    """Find out that a folder cannot be made, a file being in its place, without making it."""
+    for place in (folder, *folder.parents):
+        if place.exists():
+            if not place.is_dir():
+                reason = f"{'it' if place == folder else place} is a file, not a folder"
+                raise click.BadParameter(f"cannot write to {folder}: {reason}", param_hint="--out")
+            return
+
+
+def earlier_results(file: Path, keys: Collection[str], command: str) -> dict[str, Any] | None:
+    """The results.json that `command` left, or None; any other, which does not have these keys, is refused.
+
+    Found out before the work: the new results replace it.
+    """
+    if not file.is_file():
+        return None
+    content = read_json(file)
+    if not isinstance(content, dict) or not content.keys() >= set(keys):
+        reason = f"{file} is not of {command}, which would replace it: choose another folder"
+        raise click.BadParameter(reason, param_hint="--out")
+    return content
 
 
 def prepare_folder(folder: Path, files: Sequence[Path]) -> None:

@@ -30,6 +30,7 @@ from .attack_options import (
 from .command_parts import (
     ProgressBars,
     check_device,
+    earlier_results,
     fix_cublas,
     keep_freed_memory,
     one_process,
@@ -315,6 +316,8 @@ def _settings(options: dict[str, Any]) -> Settings:
         if classes < least_classes(name):
             needs = f"{name} needs {least_classes(name)} classes or more, {training.dataset} has {classes}"
             raise click.BadParameter(needs, param_hint="--attacks")
+    if "data_dir" in given and training.dataset == "digits" and not options["detect"]:
+        raise click.UsageError("--data-dir needs a --dataset with files, which digits has not, or --detect")
     judging = Judging(
         epsilons=options["eps"],
         attacks=attacks,
@@ -344,5 +347,6 @@ def _training(given: dict[str, Any]) -> TrainingSettings:
 
 def _prepare(out: Path, runs: Sequence[Path]) -> None:
     """What is in the way is found before the work; folders of runs come with the runs."""
+    earlier_results(out / RESULTS[0], ("summary", "runs"), "drsl compare")
     kept = [run / name for run in runs if run.exists() for name in (*FILES, BEST, JUDGED, CHECKS, DETECTED)]
     prepare_folder(out, [out / "runs" / "any", *kept, *(out / name for name in (*RESULTS, *PICTURES, *PAGES))])

@@ -29,9 +29,10 @@ from .models import make_model
 from .optimisation import learning_rate_at
 from .random_streams import deterministic, own_random_state, seed_for
 from .settings import TrainingSettings
-from .storage import write_json
+from .storage import clear_unfinished, write_json
 from .train import EpochLog, EpochSums, make_optimizer, make_scaler, train_epoch
 from .training_folder import (
+    ANEW,
     BEST,
     CURVES,
     FILES,
@@ -198,8 +199,7 @@ class _Training:
         self.world.wait()  # no process writes before all have looked
         if self.world.rank:
             return
-        for unfinished in self.folder.glob(".unfinished-*"):
-            unfinished.unlink()
+        clear_unfinished(self.folder, sole_use=True)
         if not (self.folder / SETTINGS).exists():
             write_json(self.folder / SETTINGS, settings_json(self.settings, self.world, images))
 
@@ -267,14 +267,23 @@ class _Training:
         self.progress.epoch(row, is_best)
 
     def load(self, content: dict[str, Any]) -> None:
-        """Stand where the run stood when it wrote this checkpoint."""
-        state = content["state"]
-        self.model.load_state_dict(content["model"])
+        """Stand where the run stood when it wrote this checkpoint. ValueError where that does not tell."""
+        try:
+            self._take(content["model"], content["state"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            what = f"{self.folder / LAST} holds no state that this training could go on from"
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{what}, {type(error).__name__}: {reason}: {ANEW}") from error
+
+    def _take(self, model: dict[str, Tensor], state: dict[str, Any]) -> None:
+        self.model.load_state_dict(model)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.order.set_state(state["order"])
         self.rows = [EpochRow(**row) for row in state["rows"]]
         self.best_epoch = state["best_epoch"]
+        if not bool(self.rows) <= self.best_epoch <= len(self.rows):
+            raise ValueError(f"best_epoch is {self.best_epoch!r} of {len(self.rows)}")
         self.sums = EpochSums(state["sums"], state["seconds"])
 
     def _validate(self, epoch: int) -> Validation:

@@ -1,7 +1,7 @@
 """The losses to train with, by name, and the weight tau that each has unless told otherwise.
 
-Relies on `drsl_kernels.softmax_loss` and `gaussian_mixture_loss`; `train`, `timing`, `experiment` and `commands`
-rely on it.
+Relies on `drsl_kernels.softmax_loss` and `gaussian_mixture_loss`; whatever trains with a loss, or tells
+which one it was, relies on it.
 """
 
 from __future__ import annotations

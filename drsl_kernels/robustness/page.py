@@ -1,6 +1,6 @@
 """The outcome of a comparison as a page to read: Markdown, and HTML in one file with every picture inside.
 
-Relies on `report` and `page_parts`, and on `pictures` for what was drawn; `commands` relies on it.
+Relies on `report` and `page_parts`, and on `pictures` for what was drawn; `compare_command` relies on it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The outcome of a comparison as pictures.
 
-Relies on `experiment`, `inside_pictures`, `picture_parts` and matplotlib; `commands` and `page` rely on it.
+Relies on `experiment`, `inside_pictures`, `picture_parts` and matplotlib; `compare_command` and `page` rely on it.
 """
 
 from __future__ import annotations

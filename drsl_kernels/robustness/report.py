@@ -1,6 +1,6 @@
 """The outcome of a comparison as a table, as JSON and as CSV.
 
-Relies on `experiment`; `commands`, `pictures` and `page` rely on it.
+Relies on `experiment`; `compare_command`, `pictures` and `page` rely on it.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ __all__ = ["clear_unfinished", "read_json", "set_aside", "write_atomically", "wr
 
 # No file takes so long to write, in seconds: an unfinished one that is older was left by a process that was killed.
 _LEFT_BEHIND: Final = 3600.0
+
+_UNFINISHED: Final = re.compile(r"\.unfinished-\d+-.+")  # of `write_atomically`
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -33,12 +36,17 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     _sync(path.parent)  # the new name, too
 
 
-def clear_unfinished(folder: Path) -> None:
-    """Remove what killed processes have left in a folder, and nothing that another process may be writing."""
-    for unfinished in folder.glob(".unfinished-*"):
+def clear_unfinished(folder: Path, *, sole_use: bool = False) -> None:
+    """Remove what killed processes have left in a folder, and nothing that another process may be writing.
+
+    With `sole_use` there is no other process, and what is left behind may be young.
+    """
+    for path in folder.iterdir():
+        if not _UNFINISHED.fullmatch(path.name) or not path.is_file():
+            continue
         try:
-            if time.time() - unfinished.stat().st_mtime > _LEFT_BEHIND:
-                unfinished.unlink()
+            if sole_use or time.time() - path.stat().st_mtime > _LEFT_BEHIND:
+                path.unlink()
         except FileNotFoundError:  # another process has finished or removed it
             continue
 

@@ -16,13 +16,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .balls import NORMS
-from .command_parts import check_device, fix_cublas, keep_freed_memory
+from .command_parts import check_device, fix_cublas, keep_freed_memory, refuse_file
 from .distributed import joined_world
 from .engine import BEST, Outcome, read_settings, run
 from .losses import ALIASES, ALL_LOSSES, BASELINE, GAUSSIAN, GAUSSIAN_IN_WORDS, MEMBERS_IN_WORDS, SMOOTHED, TrainingLoss
 from .options import Distance, Folder, check_radius
 from .recipe import AUGMENTATIONS, CRAFT_MODES, INNER_LOSSES, OPTIMIZERS, SCHEDULES
 from .settings import TrainingSettings, default_tau
+from .training_folder import LOCK
 from .training_logs import EpochRow
 from .training_options import (
     absum_option,
@@ -48,6 +49,7 @@ __all__ = ["train_command"]
 # Options that do something only together with another one, and whether they do.
 _NEEDS: Final[dict[str, tuple[str, Callable[[TrainingSettings], bool]]]] = {
     "momentum": ("--optimizer sgd", lambda settings: settings.recipe.optimizer == "sgd"),
+    "data_dir": ("a --dataset with files, which digits has not", lambda settings: settings.dataset != "digits"),
     "robust_images": ("--adversarial madry or trades", lambda settings: _method(settings) is not None),
     "inner_loss": ("--adversarial madry", lambda settings: _method(settings) == "madry"),
     "beta": ("--adversarial trades", lambda settings: _method(settings) == "trades"),
@@ -139,7 +141,9 @@ class _Milestones(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 @threads_option
 @click.option("--out", type=Folder(), required=True, help="Folder for the run.")
 @click.option(
-    "--resume", is_flag=True, help="Go on with the run in --out, with its options; begin it if none is there."
+    "--resume",
+    is_flag=True,
+    help="Go on with the run in --out, with its options; begin it if none is there and some are given.",
 )
 @click.option(
     "--checkpoint-batches",
@@ -174,6 +178,7 @@ def train_command(out: Path, resume: bool, checkpoint_batches: int | None, tenso
     keep_freed_memory()
     given = {name: value for name, value in options.items() if value is not None}
     try:
+        refuse_file(out)
         settings = _settings(out, resume, given)
         fix_cublas(settings.device)
         with joined_world(settings.device) as world:
@@ -197,8 +202,10 @@ def train_command(out: Path, resume: bool, checkpoint_batches: int | None, tenso
 def _settings(out: Path, resume: bool, given: dict[str, Any]) -> TrainingSettings:
     """What is given over what the run began with, or else over what suits the data set."""
     begun = read_settings(out) if resume else None
-    if begun is None and resume and "dataset" not in given:
-        raise click.UsageError(f"{out} holds no training run to resume; to begin one there, give --dataset")
+    if begun is None and resume and not given and not (out / LOCK).exists():  # a mistyped --out, most likely
+        raise click.UsageError(
+            f"{out} holds no training run to resume; to begin one there, leave out --resume or give other options, too"
+        )
     if begun is None:
         begun = suited_to(given.get("dataset", "digits"))
     _check_radii(begun, given)

@@ -24,10 +24,12 @@ from .settings import TrainingSettings, differences
 from .storage import read_json
 
 __all__ = [
+    "ANEW",
     "BEST",
     "CURVES",
     "FILES",
     "LAST",
+    "LOCK",
     "METRICS",
     "SETTINGS",
     "check_folder",
@@ -45,8 +47,9 @@ BEST: Final = "best.pt"
 METRICS: Final = "metrics.csv"
 CURVES: Final = "tensorboard"
 FILES: Final = (SETTINGS, LAST, BEST, METRICS)
+ANEW: Final = "train anew in another folder (drsl compare: or with --fresh)"
 
-_LOCK: Final = ".lock"
+LOCK: Final = ".lock"  # left by a process that was killed
 _KEYS: Final = ("settings", "processes", "software")  # of settings.json
 
 
@@ -63,11 +66,11 @@ def sole_use(folder: Path) -> Iterator[None]:
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        descriptor = _locked(folder / _LOCK)
+        descriptor = _locked(folder / LOCK)
         try:
             yield
         finally:
-            (folder / _LOCK).unlink(missing_ok=True)
+            (folder / LOCK).unlink(missing_ok=True)
             os.close(descriptor)
     finally:
         with suppress(OSError):  # of the first that is not empty
@@ -176,9 +179,13 @@ def _lost_best(folder: Path, last: dict[str, Any]) -> bool:
 
 
 def _last(folder: Path) -> dict[str, Any]:
-    content = load_checkpoint(folder / LAST)
-    if "state" not in content:
-        raise ValueError(f"{folder / LAST} holds a model but no state that training could go on from")
+    try:
+        content = load_checkpoint(folder / LAST)
+    except ValueError as error:
+        raise ValueError(f"{error}: {ANEW}") from error
+    state = content.get("state")
+    if not isinstance(state, dict) or not isinstance(state.get("rows"), list):
+        raise ValueError(f"{folder / LAST} holds a model but no state that training could go on from: {ANEW}")
     return content
 
 

@@ -1,7 +1,7 @@
 """Options of training that several commands have, and how they change settings.
 
 Options that are not given are None, and leave what suits the data set. Relies on `options`, `settings` and `recipe`;
-`train_command` and `commands` rely on it.
+`train_command` and `compare_command` rely on it.
 """
 
 from __future__ import annotations

@@ -16,7 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 from ..balls import NORMS
-from ..command_parts import ProgressBars, check_device, fix_cublas, keep_freed_memory, plain_console, prepare_folder
+from ..command_parts import (
+    ProgressBars,
+    check_device,
+    earlier_results,
+    fix_cublas,
+    keep_freed_memory,
+    plain_console,
+    prepare_folder,
+)
 from ..distributed import joined_world
 from ..losses import ALIASES, TrainingLoss
 from ..options import Decorator, Folder, Names, Radii, Tau
@@ -262,6 +270,7 @@ def _setup(options: dict[str, Any]) -> LanguageSetup:
 
 def _prepare(out: Path, runs: Sequence[Path]) -> None:
     """What is in the way is found before the work; folders of runs come with the runs."""
+    earlier_results(out / RESULTS[0], ("tokens", "runs"), "drsl lm")
     files = (SETTINGS, LAST, BEST, METRICS, JUDGED)
     kept = [run / name for run in runs if run.exists() for name in files]
     prepare_folder(out, [out / "runs" / "any", *kept, *(out / name for name in (*RESULTS, *PICTURES, *PAGES))])

@@ -24,6 +24,7 @@ from ..distributed import World
 from ..optimisation import set_learning_rate
 from ..progress import Progress
 from ..random_streams import deterministic
+from ..storage import clear_unfinished
 from ..training_logs import write_metrics
 from .corpus import Corpus, drawn_windows, windows
 from .model import GPT
@@ -152,8 +153,7 @@ class _Training:
         self.world.wait()  # no process writes before all have looked
         if self.world.rank:
             return
-        for unfinished in self.folder.glob(".unfinished-*"):
-            unfinished.unlink()
+        clear_unfinished(self.folder, sole_use=True)
         if not (self.folder / SETTINGS).exists():
             begin(self.folder, self.settings, self.corpus, self.world)
         if self.rows:

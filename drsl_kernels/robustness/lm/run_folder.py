@@ -79,8 +79,9 @@ def read_last(folder: Path) -> dict[str, Any]:
         content = load_checkpoint(folder / LAST, command=COMMAND)
     except ValueError as error:
         raise ValueError(f"{error}: {_REMEDY}") from error
-    if "state" not in content:
-        raise ValueError(f"{folder / LAST} holds a model but no state that training could go on from")
+    state = content.get("state")
+    if not isinstance(state, dict) or not isinstance(state.get("rows"), list):
+        raise ValueError(f"{folder / LAST} holds a model but no state that training could go on from: {_REMEDY}")
     return content
 
 
