@@ -14,11 +14,11 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from drsl_kernels.spec import number
+from drsl_kernels.spec import integer, number
 
 from .attack_losses import AttackLoss, margins_of, objective_of
 from .attack_objects import REACH
-from .attacks import Model, Norm, evaluation_mode, fgsm, integer, pgd
+from .attacks import Model, Norm, evaluation_mode, fgsm, pgd
 from .balls import check_norm
 
 __all__ = [

@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral
 from typing import Final, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
-from drsl_kernels.spec import number
+from drsl_kernels.spec import integer, number
 
 from .attack_losses import ATTACK_LOSSES, AttackLoss, AttackLossName, Objective, objective_of
 from .balls import NORMS, Norm, ascent_direction, check_norm, per_sample_view, project, random_point
@@ -35,7 +34,6 @@ __all__ = [
     "checked_logits",
     "evaluation_mode",
     "fgsm",
-    "integer",
     "largest_label",
     "pgd",
 ]
@@ -263,12 +261,6 @@ def checked_logits(model: Model, points: Tensor, *, largest: dict[str, int]) -> 
 
 def largest_label(labels: Tensor | None) -> int:
     return 0 if labels is None or not labels.numel() else int(labels.max())
-
-
-def integer(argument: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{argument} must be an int, got {value!r}")
-    return int(value)
 
 
 def _pair(argument: str, values: tuple[float, float]) -> tuple[float, float]:

@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from drsl_kernels.spec import number
+from drsl_kernels.spec import integer, number
 
-from .attacks import Model, Norm, check_samples, checked_logits, evaluation_mode, integer, largest_label
+from .attacks import Model, Norm, check_samples, checked_logits, evaluation_mode, largest_label
 
 __all__ = ["FourierAttack", "FourierSweep", "SettledFourier", "fourier_direction", "single_fourier_attack"]
 

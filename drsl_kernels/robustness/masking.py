@@ -21,6 +21,7 @@ from torch import Tensor
 from drsl_kernels import softmax_loss
 
 from .attack_losses import AttackLossName, margins_of
+from .attack_objects import REACH
 from .attack_table import AttackOutcome, AttackTable, run_attack
 from .attacks import Model, Norm, evaluation_mode, pgd
 from .evaluate import Attack
@@ -300,7 +301,7 @@ def _after_steps(
             x[rows],
             y[rows],
             eps=eps,
-            alpha=eps if steps <= 1 else 2.5 * eps / steps,
+            alpha=eps if steps <= 1 else REACH * eps / steps,
             steps=steps,
             norm=norm,
             random_start=False,
