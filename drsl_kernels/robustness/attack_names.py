@@ -128,8 +128,8 @@ def attacks_in_words(names: Sequence[str], parameters: AttackParameters) -> str:
         "pgd-t": f"the same towards {_count(parameters.targets, 'wrong class', 'es')} (pgd-t)",
         "transfer": f"PGD-{parameters.steps} on another model, its points shown to this one (transfer)",
         "fourier": "the wave that fools most of the images attacked, the same for all of them (fourier)",
-        "apgd": f"APGD with {parameters.iterations} steps",
-        "fab": f"FAB with {parameters.iterations} steps",
+        "apgd": f"{_members(names, 'apgd', parameters)} with {parameters.iterations} steps",
+        "fab": f"{_members(names, 'fab', parameters)} with {parameters.iterations} steps",
         "square": f"Square with {parameters.queries} queries",
     }
     found = []
@@ -162,6 +162,13 @@ def describe(attack: AnyAttack) -> dict[str, Any]:
 
 def _count(number: int, what: str, plural: str = "s") -> str:
     return f"{number} {what}{'' if number == 1 else plural}"
+
+
+def _members(names: Sequence[str], begin: str, parameters: AttackParameters) -> str:
+    """Those of a family of AutoAttack."""
+    targets = f" ({_count(parameters.targets, 'target')})"
+    members = [name.upper() + targets * name.endswith("-t") for name in names if name.startswith(begin)]
+    return " and ".join([", ".join(members[:-1]), members[-1]] if len(members) > 1 else members)
 
 
 def _canonical(name: str) -> str:
