@@ -167,6 +167,10 @@ class TestLargeEps:
         check = masking.falls_with_eps(lambda points: torch.eye(10)[3].expand(len(points), 10), x[y == 3], y[y == 3])
         assert check.outcome == "not run"
 
+    def test_a_class_that_the_model_does_not_know(self, images: Images) -> None:
+        with pytest.raises(IndexError, match="y holds label 9, outside"):
+            masking.falls_with_eps(nn.Sequential(nn.Flatten(), nn.Linear(64, 9)), *images)
+
     def test_another_class_alone_tells(self, model: nn.Module, images: Images) -> None:
         x, y = images
         grey = int(model(torch.full((1, 1, 8, 8), 0.5)).argmax())

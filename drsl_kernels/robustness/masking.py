@@ -23,7 +23,7 @@ from drsl_kernels import softmax_loss
 from .attack_losses import AttackLossName, margins_of
 from .attack_objects import REACH
 from .attack_table import AttackOutcome, AttackTable, run_attack
-from .attacks import Model, Norm, evaluation_mode, pgd
+from .attacks import Model, Norm, checked_logits, evaluation_mode, largest_label, pgd
 from .evaluate import Attack
 
 __all__ = [
@@ -191,7 +191,8 @@ def falls_with_eps(
     """
     name = "large eps"
     _check_images(x)
-    grey = _all_logits(model, torch.full_like(x[:1], 0.5), batch_size)
+    with evaluation_mode(model), torch.no_grad():
+        grey = checked_logits(model, torch.full_like(x[:1], 0.5), largest={"y": largest_label(y)})
     right_at_grey = (margins_of(grey.expand(len(y), -1), y) > 0).cpu()
     if right_at_grey.all():
         return Check(
