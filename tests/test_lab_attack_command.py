@@ -348,3 +348,5 @@ class TestNames:
             AttackSettings(**settings)
         with pytest.raises(ValueError, match="steps must be 1 or more, got 0"):
             AttackParameters(steps=0)
+        with pytest.raises(TypeError, match=r"queries must be an int, got 2.5"):
+            AttackParameters(queries=2.5)  # type: ignore[arg-type]

@@ -11,6 +11,8 @@ from typing import Any, Final, cast
 
 from torch import Tensor
 
+from drsl_kernels.spec import integer
+
 from .attack_kinds import AnyAttack, SingleStep, TargetedAttack, Transfer, loss_name
 from .attack_losses import ATTACK_LOSSES, AttackLoss, AttackLossName
 from .attacks import Model, Norm
@@ -54,6 +56,7 @@ class AttackParameters:
 
     Raises:
         ValueError: a number below 1, or an unknown norm.
+        TypeError: a number that is no integer.
     """
 
     norm: Norm = "linf"
@@ -65,7 +68,7 @@ class AttackParameters:
 
     def __post_init__(self) -> None:
         for argument in ("steps", "restarts", "targets", "iterations", "queries"):
-            if getattr(self, argument) < 1:
+            if integer(argument, getattr(self, argument)) < 1:
                 raise ValueError(f"{argument} must be 1 or more, got {getattr(self, argument)!r}")
         AutoAttackMember("square", self.norm)
 

@@ -29,6 +29,7 @@ __all__ = [
     "Keep",
     "Model",
     "Norm",
+    "check_generator",
     "check_numbers",
     "check_samples",
     "checked_logits",
@@ -85,8 +86,9 @@ def pgd(
     point is a success where t has the largest logit, alone. ``dlr`` then ascends
     (z_t - z_y) / (largest minus the mean of third and fourth largest z), for which C >= 4.
 
-    The model is run in evaluation mode. Afterwards its modules are in the mode they were in, and the
-    parameters' ``grad`` and ``requires_grad`` are untouched.
+    A model that is an ``nn.Module`` is run in evaluation mode, and its modules are afterwards in the mode they were
+    in. Of any other callable the modules inside keep theirs: a BatchNorm in training mode would learn from the attack.
+    The parameters' ``grad`` and ``requires_grad`` are untouched.
 
     Args:
         model: maps x to logits of shape (N, C), C >= 2. Usually an ``nn.Module``; any callable will do.
@@ -122,6 +124,7 @@ def pgd(
     objective = objective_of(loss)
     eps, alpha, steps, restarts, bounds = check_numbers(eps, alpha, steps, norm, restarts, random_start, bounds, keep)
     check_samples(x, y, bounds)
+    check_generator(generator)
     if targeted is not None:
         _check_targets(targeted, y)
     logits_of = partial(checked_logits, model, largest={"y": largest_label(y), "targeted": largest_label(targeted)})
@@ -187,7 +190,10 @@ def fgsm(
 
 @contextmanager
 def evaluation_mode(model: Model) -> Iterator[None]:
-    """Run a block with the model in evaluation mode, then put every module back into the mode it had."""
+    """Run a block with the model in evaluation mode, then put every module back into the mode it had.
+
+    A callable that is no ``nn.Module`` is left alone, with the modules inside it.
+    """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     modes = [module.training for module in modules]
     if isinstance(model, nn.Module):
@@ -290,6 +296,8 @@ def check_numbers(
     """eps, alpha, steps, restarts and bounds as plain numbers, if `pgd` takes all of it; it describes the errors."""
     eps, alpha = number("eps", eps), number("alpha", alpha)
     steps, restarts = integer("steps", steps), integer("restarts", restarts)
+    if not isinstance(random_start, bool):
+        raise TypeError(f"random_start must be a bool, got {random_start!r}")
     bounds = _pair("bounds", bounds)
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps must be 0 or more and finite, got {eps!r}")
@@ -307,6 +315,11 @@ def check_numbers(
     if keep not in KEEPS:
         raise ValueError(f"keep must be one of {', '.join(map(repr, KEEPS))}, got {keep!r}")
     return eps, alpha, steps, restarts, bounds
+
+
+def check_generator(generator: torch.Generator | None) -> None:
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
 
 
 def check_samples(x: Tensor, y: Tensor, bounds: tuple[float, float]) -> None:
