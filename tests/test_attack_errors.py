@@ -57,6 +57,8 @@ class TestBadInput:
             ("steps", [None, 1.5]),
             ("restarts", [1.5]),
             ("bounds", [None, "01", (0, 1, 2)]),
+            ("random_start", ["no", None, 0]),
+            ("generator", [3, "cpu"]),
             ("x", [[[0.5]], None]),
             ("y", [[0], None]),
         ],

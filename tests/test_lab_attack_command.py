@@ -19,7 +19,13 @@ from click.testing import CliRunner
 from test_lab_attacks import trained_cnn
 
 from drsl_kernels.robustness import TrainingLoss, attack_run
-from drsl_kernels.robustness.attack_names import AttackParameters, canonical_names, describe, make_attack
+from drsl_kernels.robustness.attack_names import (
+    AttackParameters,
+    attacks_in_words,
+    canonical_names,
+    describe,
+    make_attack,
+)
 from drsl_kernels.robustness.attack_run import AttackSettings
 from drsl_kernels.robustness.checkpoint import save_checkpoint
 from drsl_kernels.robustness.commands import drsl
@@ -326,6 +332,16 @@ class TestNames:
         assert attack.name == name
         assert json.loads(json.dumps(describe(attack)))["kind"] == type(attack).__name__
 
+    def test_in_words(self) -> None:
+        numbers = AttackParameters(iterations=50, targets=3, queries=500)
+        assert attacks_in_words(canonical_names(["autoattack"]), numbers) == (
+            "APGD-CE and APGD-T (3 targets) with 50 steps, FAB-T (3 targets) with 50 steps, Square with 500 queries"
+        )
+        assert attacks_in_words(["apgd-ce"], numbers) == "APGD-CE with 50 steps"
+        assert attacks_in_words(["apgd-ce", "apgd-dlr", "apgd-t"], AttackParameters(targets=1)) == (
+            "APGD-CE, APGD-DLR and APGD-T (1 target) with 100 steps"
+        )
+
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
@@ -343,3 +359,5 @@ class TestNames:
             AttackSettings(**settings)
         with pytest.raises(ValueError, match="steps must be 1 or more, got 0"):
             AttackParameters(steps=0)
+        with pytest.raises(TypeError, match=r"queries must be an int, got 2.5"):
+            AttackParameters(queries=2.5)  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import math
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import seeded
@@ -13,6 +14,7 @@ from test_lab_attacks import images, model, trained_cnn
 from torch import Tensor, nn
 
 from drsl_kernels.robustness import (
+    PGD,
     Attack,
     SingleStep,
     TargetedAttack,
@@ -152,9 +154,9 @@ class TestTable:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"epsilons": []}, "epsilons and attacks must not be empty"),
-            ({"epsilons": [-1]}, "eps must be 0 or more and finite, got -1"),
-            ({"attacks": []}, "epsilons and attacks must not be empty"),
+            ({"epsilons": []}, r"epsilons must not be empty, got \[\]"),
+            ({"epsilons": [-1]}, r"epsilons must be 0 or more and finite, got \(-1.0,\)"),
+            ({"attacks": []}, r"attacks must not be empty, got \[\]"),
             ({"attacks": [Attack(), Attack(steps=3)]}, "names of their own, got pgd:log_odds, pgd:log_odds"),
             ({"attacks": [Attack(norm="l2"), SingleStep()]}, "attacks must be in one norm, got l2, linf"),
             ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
@@ -171,6 +173,38 @@ class TestTable:
         assert found.robust_accuracy()[0] < found.clean_accuracy()
         with pytest.raises(ValueError, match="attacks must be in one norm"):
             worst_case(model, *images, epsilons=[0.1], attacks=[Attack(norm="l2"), SingleStep()])
+
+    @pytest.mark.parametrize("attack_with", [attack_table, worst_case])
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"attacks": [Attack(), PGD(eps=0.1)]}, r"attacks\[1\] must be an attack for any radius.*got PGD\(eps=0.1"),
+            ({"attacks": ["pgd"]}, r"attacks\[0\] must be an attack for any radius, such as Attack\(\), got 'pgd'"),
+            ({"attacks": [Attack]}, r"attacks\[0\] must be an attack for any radius.*got <class"),
+            ({"attacks": "pgd"}, r"attacks\[0\] must be an attack for any radius.*got 'p'"),
+            ({"attacks": Attack()}, "attacks must be a sequence of attacks .*, got Attack"),
+            ({"epsilons": 0.1}, "epsilons must be a sequence of numbers, got 0.1"),
+            ({"epsilons": torch.tensor(0.5)}, r"epsilons must be a sequence of numbers, got tensor\(0.5"),
+            ({"epsilons": [0.1, "0.1"]}, r"epsilons\[1\] must be a number, got '0.1'"),
+            ({"generator": 3}, "generator must be a torch.Generator or None, got 3"),
+        ],
+    )
+    def test_bad_types(
+        self, model: nn.Module, images: tuple[Tensor, Tensor], attack_with: Any, change: dict[str, Any], message: str
+    ) -> None:
+        with pytest.raises(TypeError, match=message):
+            attack_with(model, *images, **({"epsilons": [0.1], "attacks": [Attack(steps=1)]} | change))
+
+    def test_radii_may_be_any_numbers_in_a_row(self, model: nn.Module, images: tuple[Tensor, Tensor]) -> None:
+        expected = (0.0, 0.125, 0.25)
+        for epsilons in (list(expected), torch.tensor(expected), np.float32(expected), (0.25, np.float64(0.125), 0)):
+            for attack_with in (attack_table, worst_case):
+                found = attack_with(model, *images, epsilons=epsilons, attacks=[Attack(steps=1, restarts=1)])
+                assert found.epsilons == expected
+
+    def test_the_radius_of_one_attack(self, model: nn.Module, images: tuple[Tensor, Tensor]) -> None:
+        with pytest.raises(TypeError, match=r"eps must be a number, got '0.1'"):
+            run_attack(model, *images, Attack(), "0.1")  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("argument", ["steps", "restarts", "targets"])
     def test_bad_attacks(self, argument: str) -> None:

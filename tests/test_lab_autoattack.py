@@ -121,9 +121,13 @@ class TestMembers:
         with pytest.raises(ValueError, match=r"bounds must be \(0, 1\), which apgd-ce assumes, got \(-1, 1\)"):
             self.start("apgd-ce", nn.Sequential(nn.Flatten(), nn.Linear(16, 5)), bounds=(-1, 1))
 
+    def test_generator(self) -> None:
+        with pytest.raises(TypeError, match=r"generator must be a torch.Generator or None, got 3"):
+            self.start("apgd-ce", nn.Sequential(nn.Flatten(), nn.Linear(16, 5)), generator=3)
+
     def start(self, member: str, model: nn.Module, **options: Any) -> Tensor:
         arguments = {"x": torch.full((2, 1, 4, 4), 0.5), "y": torch.tensor([0, 1]), "eps": 0.1, "bounds": (0, 1)}
-        return AutoAttackMember(member, steps=2, queries=2).start(model, **(arguments | options), generator=None)
+        return AutoAttackMember(member, steps=2, queries=2).start(model, **({"generator": None} | arguments | options))
 
 
 @pytest.mark.parametrize(
@@ -140,6 +144,12 @@ class TestMembers:
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AutoAttackMember(**({"member": "square"} | settings))
+
+
+def test_counts_are_whole_numbers() -> None:
+    for argument in ("steps", "queries", "targets", "restarts"):
+        with pytest.raises(TypeError, match=f"{argument} must be an int, got 2.5"):
+            AutoAttackMember("square", **{argument: 2.5})
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, images: tuple[Tensor, Tensor]) -> None:

@@ -80,6 +80,12 @@ class TestLoss:
         train(model, x, y, Spied("gm", 0.1), Recipe(epochs=2, batch_size=2), generator=torch.Generator())
         assert seen == pytest.approx([0.1, 0.2] + [0.3] * 22)  # 24 steps
 
+    def test_another_head_is_refused(self) -> None:
+        x, y = torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
+        model = make_model("mlp", shape=(1, 8, 8), classes=2, seed=0)
+        with pytest.raises(ValueError, match=r"loss gm tau=0.1 needs a model with a GaussianMixtureHead, got MLP"):
+            train(model, x, y, GM, Recipe(1), generator=torch.Generator())
+
 
 class TestModel:
     @pytest.mark.parametrize("name", MODELS[:3])

@@ -74,6 +74,12 @@ def test_errors(name: str, tau: float, message: str) -> None:
         TrainingLoss(name, tau)
 
 
+@pytest.mark.parametrize("tau", ["0.3", torch.tensor(0.3), None, True])
+def test_tau_is_a_number(tau: Any) -> None:
+    with pytest.raises(TypeError, match=r"tau of kl must be a number, got ('0\.3'|tensor\(0\.3|None|True)"):
+        TrainingLoss("kl", tau)
+
+
 def test_names_say_what_they_need() -> None:
     assert str(TrainingLoss("isce", 0.5)) == "isce tau=0.5"
     assert str(TrainingLoss("sigsoftmax")) == "sigsoftmax"

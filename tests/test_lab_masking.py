@@ -47,6 +47,16 @@ class Noisy(Scaled):
         return logits
 
 
+class Misled(Scaled):
+    """The same logits, but the gradient of every `scale`-th image of a batch points back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        signs = torch.ones(len(x), *[1] * (x.dim() - 1))
+        signs[:: int(self.scale)] = -1
+        logits: Tensor = self.model(x.detach() + signs * (x - x.detach()))
+        return logits
+
+
 class TestGradients:
     def test_quiet_on_an_honest_model(self, model: nn.Module, images: Images) -> None:
         check = masking.gradients_vanish(model, *images)
@@ -131,7 +141,17 @@ class TestLargeEps:
         assert check.numbers["left"] > 0.2 > check.numbers["chance"]
         assert "the attack fails, and so it may at smaller eps" in check.sentence
 
-    def test_chance_may_survive(self, images: Images) -> None:
+    @pytest.mark.parametrize("norm", ["linf", "l2"])
+    def test_gradients_that_mislead_on_few_images(self, model: nn.Module, images: Images, norm: Any) -> None:
+        """Fewer survive than there are images of the class that is most frequent, or that grey is."""
+        check = masking.falls_with_eps(Misled(model, 19), *images, norm=norm, generator=seeded())
+        assert check.outcome == "warning"
+        assert 0.01 < check.numbers["left"] < check.numbers["chance"]
+        grey = int(model(torch.full((1, 1, 8, 8), 0.5)).argmax())
+        assert check.numbers["chance"] == pytest.approx((images[1] == grey).double().mean().item())
+        assert f"although the model sees another class in grey (class {grey})" in check.sentence
+
+    def test_what_is_right_on_grey_may_survive(self, images: Images) -> None:
         """A model that knows one class alone is right about that one whatever is done."""
         x, y = images
 
@@ -139,12 +159,26 @@ class TestLargeEps:
             return torch.eye(10)[3] + 0 * points.flatten(1)[:, :10]
 
         check = masking.falls_with_eps(knows_three, x[y <= 3], y[y <= 3])
-        assert check.numbers["left"] == pytest.approx((y[y <= 3] == 3).double().mean().item())
+        assert (check.outcome, check.numbers["left"], check.numbers["class_of_grey"]) == ("passed", 0, 3)
+        assert check.numbers["chance"] == pytest.approx((y[y <= 3] == 3).double().mean().item())
 
-    def test_one_class_tells_nothing(self, images: Images) -> None:
+    def test_the_class_of_grey_alone_tells_nothing(self, images: Images) -> None:
         x, y = images
         check = masking.falls_with_eps(lambda points: torch.eye(10)[3].expand(len(points), 10), x[y == 3], y[y == 3])
         assert check.outcome == "not run"
+
+    def test_a_class_that_the_model_does_not_know(self, images: Images) -> None:
+        with pytest.raises(IndexError, match="y holds label 9, outside"):
+            masking.falls_with_eps(nn.Sequential(nn.Flatten(), nn.Linear(64, 9)), *images)
+
+    def test_another_class_alone_tells(self, model: nn.Module, images: Images) -> None:
+        x, y = images
+        grey = int(model(torch.full((1, 1, 8, 8), 0.5)).argmax())
+        others = (y == (0 if grey else 1)).nonzero().squeeze(1)
+        assert masking.falls_with_eps(model, x[others], y[others], generator=seeded()).outcome == "passed"
+        assert (
+            masking.falls_with_eps(Quantised(model, 1), x[others], y[others], generator=seeded()).outcome == "warning"
+        )
 
 
 class TestSteps:

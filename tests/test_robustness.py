@@ -137,8 +137,8 @@ class TestWorstCase:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"epsilons": ()}, "epsilons and attacks must not be empty"),
-            ({"attacks": ()}, "epsilons and attacks must not be empty"),
+            ({"epsilons": ()}, r"epsilons must not be empty, got \(\)"),
+            ({"attacks": ()}, r"attacks must not be empty, got \(\)"),
             ({"epsilons": (0.1, -1)}, "epsilons must be 0 or more and finite"),
             ({"epsilons": (math.nan,)}, "epsilons must be 0 or more and finite"),
             ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
@@ -264,6 +264,22 @@ class TestTraining:
         assert whole.distance is not None
         assert log.distance == pytest.approx(whole.distance.item() / 96, rel=1e-4)
         assert log.accuracy == pytest.approx(whole.correct.item() / 96)
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"y": torch.zeros(3).long()}, ValueError, r"y must have shape \(N,\) = \(6,\), got \(3,\)"),
+            ({"x": torch.zeros(0, 1, 8, 8)}, ValueError, "x must hold one image or more, got shape"),
+            ({"x": [[0.0]]}, TypeError, r"x must be a Tensor, got \[\[0.0\]\]"),
+            ({"y": [0]}, TypeError, r"y must be a Tensor, got \[0\]"),
+            ({"generator": None}, TypeError, "generator must be a torch.Generator, got None"),
+            ({"generator": 3}, TypeError, "generator must be a torch.Generator, got 3"),
+        ],
+    )
+    def test_what_cannot_be_trained_with(self, change: dict[str, Any], error: type[Exception], message: str) -> None:
+        good = {"x": torch.zeros(6, 1, 8, 8), "y": torch.zeros(6).long(), "generator": seeded()}
+        with pytest.raises(error, match=message):
+            train(small_cnn(0), loss=TrainingLoss("ce"), recipe=Recipe(1), **(good | change))
 
     @pytest.mark.parametrize("name", ["ce", "uniform"])
     def test_a_loss_that_is_not_finite_stops_the_run(self, split: Any, name: str) -> None:

@@ -8,17 +8,18 @@ AutoAttack are in `autoattack`, the single Fourier attack is in `fourier`.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from drsl_kernels.spec import number
+from drsl_kernels.spec import integer, number
 
 from .attack_losses import AttackLoss, margins_of, objective_of
 from .attack_objects import REACH
-from .attacks import Model, Norm, evaluation_mode, fgsm, integer, pgd
+from .attacks import Model, Norm, evaluation_mode, fgsm, pgd
 from .balls import check_norm
 
 __all__ = [
@@ -29,10 +30,13 @@ __all__ = [
     "Transfer",
     "UniversalAttack",
     "check_attack",
+    "check_attacks",
+    "check_radii",
     "loss_name",
 ]
 
 
+@runtime_checkable
 class AnyAttack(Protocol):
     """An attack for any radius.
 
@@ -230,6 +234,45 @@ def check_attack(loss: AttackLoss, norm: str, reach: float, **counts: int) -> No
     for argument, count in counts.items():
         if integer(argument, count) < 1:
             raise ValueError(f"{argument} must be 1 or more, got {count!r}")
+
+
+def check_radii(epsilons: Sequence[float] | Tensor) -> tuple[float, ...]:
+    """Radii as plain numbers, ascending, each once; of a list, a tuple, a tensor or an array.
+
+    Raises:
+        TypeError: no sequence of numbers.
+        ValueError: there is none, or one is negative or not finite.
+    """
+    try:
+        given = list(epsilons.tolist() if isinstance(epsilons, Tensor) else epsilons)
+    except TypeError:
+        raise TypeError(f"epsilons must be a sequence of numbers, got {epsilons!r}") from None
+    if not given:
+        raise ValueError(f"epsilons must not be empty, got {epsilons!r}")
+    radii = [number(f"epsilons[{index}]", eps) for index, eps in enumerate(given)]
+    if not all(0 <= eps < math.inf for eps in radii):
+        raise ValueError(f"epsilons must be 0 or more and finite, got {tuple(radii)!r}")
+    return tuple(sorted(set(radii)))
+
+
+def check_attacks(attacks: Sequence[AnyAttack]) -> None:
+    """Raise for attacks that cannot stand beside each other.
+
+    Raises:
+        TypeError: no sequence of attacks for any radius.
+        ValueError: there is none, or they are in several norms.
+    """
+    form = "for any radius, such as Attack()"
+    if not isinstance(attacks, Collection):
+        raise TypeError(f"attacks must be a sequence of attacks {form}, got {attacks!r}")
+    if not attacks:
+        raise ValueError(f"attacks must not be empty, got {attacks!r}")
+    for index, attack in enumerate(attacks):
+        if isinstance(attack, type) or not isinstance(attack, AnyAttack):
+            raise TypeError(f"attacks[{index}] must be an attack {form}, got {attack!r}")
+    norms = {attack.norm for attack in attacks}
+    if len(norms) > 1:
+        raise ValueError(f"attacks must be in one norm, got {', '.join(sorted(norms))}")
 
 
 def loss_name(loss: AttackLoss) -> str:

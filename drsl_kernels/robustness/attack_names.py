@@ -11,6 +11,8 @@ from typing import Any, Final, cast
 
 from torch import Tensor
 
+from drsl_kernels.spec import integer
+
 from .attack_kinds import AnyAttack, SingleStep, TargetedAttack, Transfer, loss_name
 from .attack_losses import ATTACK_LOSSES, AttackLoss, AttackLossName
 from .attacks import Model, Norm
@@ -54,6 +56,7 @@ class AttackParameters:
 
     Raises:
         ValueError: a number below 1, or an unknown norm.
+        TypeError: a number that is no integer.
     """
 
     norm: Norm = "linf"
@@ -65,7 +68,7 @@ class AttackParameters:
 
     def __post_init__(self) -> None:
         for argument in ("steps", "restarts", "targets", "iterations", "queries"):
-            if getattr(self, argument) < 1:
+            if integer(argument, getattr(self, argument)) < 1:
                 raise ValueError(f"{argument} must be 1 or more, got {getattr(self, argument)!r}")
         AutoAttackMember("square", self.norm)
 
@@ -128,8 +131,8 @@ def attacks_in_words(names: Sequence[str], parameters: AttackParameters) -> str:
         "pgd-t": f"the same towards {_count(parameters.targets, 'wrong class', 'es')} (pgd-t)",
         "transfer": f"PGD-{parameters.steps} on another model, its points shown to this one (transfer)",
         "fourier": "the wave that fools most of the images attacked, the same for all of them (fourier)",
-        "apgd": f"APGD with {parameters.iterations} steps",
-        "fab": f"FAB with {parameters.iterations} steps",
+        "apgd": f"{_members(names, 'apgd', parameters)} with {parameters.iterations} steps",
+        "fab": f"{_members(names, 'fab', parameters)} with {parameters.iterations} steps",
         "square": f"Square with {parameters.queries} queries",
     }
     found = []
@@ -162,6 +165,13 @@ def describe(attack: AnyAttack) -> dict[str, Any]:
 
 def _count(number: int, what: str, plural: str = "s") -> str:
     return f"{number} {what}{'' if number == 1 else plural}"
+
+
+def _members(names: Sequence[str], begin: str, parameters: AttackParameters) -> str:
+    """Those of a family of AutoAttack."""
+    targets = f" ({_count(parameters.targets, 'target')})"
+    members = [name.upper() + targets * name.endswith("-t") for name in names if name.startswith(begin)]
+    return " and ".join([", ".join(members[:-1]), members[-1]] if len(members) > 1 else members)
 
 
 def _canonical(name: str) -> str:

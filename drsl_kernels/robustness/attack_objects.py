@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from drsl_kernels.spec import integer
+
 from .attack_losses import AttackLoss, objective_of
-from .attacks import Keep, Model, Norm, check_numbers, fgsm, integer, pgd
+from .attacks import Keep, Model, Norm, check_numbers, fgsm, pgd
 from .fourier import single_fourier_attack
 
 __all__ = ["FGSM", "PGD", "REACH", "SingleFourier"]

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attack_kinds import AnyAttack
+from drsl_kernels.spec import number
+
+from .attack_kinds import AnyAttack, check_attacks, check_radii
 from .attacks import Model
 from .evaluate import Search
 
@@ -103,7 +105,7 @@ def attack_table(
     x: Tensor,
     y: Tensor,
     *,
-    epsilons: Sequence[float],
+    epsilons: Sequence[float] | Tensor,
     attacks: Sequence[AnyAttack],
     bounds: tuple[float, float] = (0.0, 1.0),
     batch_size: int = 256,
@@ -119,16 +121,13 @@ def attack_table(
             have names of their own, by which the table knows them.
 
     Raises:
-        ValueError: as `worst_case`, or two attacks of one name.
+        ValueError, TypeError: as `worst_case`, or two attacks of one name.
     """
+    radii = check_radii(epsilons)
+    check_attacks(attacks)
     names = [attack.name for attack in attacks]
-    if not epsilons or not attacks:
-        raise ValueError(f"epsilons and attacks must not be empty, got {epsilons!r} and {attacks!r}")
     if len(set(names)) < len(names):
         raise ValueError(f"attacks must have names of their own, got {', '.join(names)}")
-    norms = {attack.norm for attack in attacks}
-    if len(norms) > 1:
-        raise ValueError(f"attacks must be in one norm, got {', '.join(sorted(norms))}")
     clean = Search(model, x, y, bounds, batch_size, None).robust().cpu()
     outcomes = [
         run_attack(
@@ -142,7 +141,7 @@ def attack_table(
             generator=generator,
             on_restart=on_restart,
         )
-        for eps in sorted(set(epsilons))
+        for eps in radii
         for attack in attacks
     ]
     return AttackTable(clean, tuple(outcomes))
@@ -164,6 +163,7 @@ def run_attack(
 
     Args, errors: as in `attack_table`.
     """
+    eps = number("eps", eps)
     if not 0 <= eps < torch.inf:
         raise ValueError(f"eps must be 0 or more and finite, got {eps!r}")
     begin = perf_counter()

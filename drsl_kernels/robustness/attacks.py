@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral
 from typing import Final, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
-from drsl_kernels.spec import number
+from drsl_kernels.spec import integer, number
 
 from .attack_losses import ATTACK_LOSSES, AttackLoss, AttackLossName, Objective, objective_of
 from .balls import NORMS, Norm, ascent_direction, check_norm, per_sample_view, project, random_point
@@ -30,12 +29,12 @@ __all__ = [
     "Keep",
     "Model",
     "Norm",
+    "check_generator",
     "check_numbers",
     "check_samples",
     "checked_logits",
     "evaluation_mode",
     "fgsm",
-    "integer",
     "largest_label",
     "pgd",
 ]
@@ -87,8 +86,9 @@ def pgd(
     point is a success where t has the largest logit, alone. ``dlr`` then ascends
     (z_t - z_y) / (largest minus the mean of third and fourth largest z), for which C >= 4.
 
-    The model is run in evaluation mode. Afterwards its modules are in the mode they were in, and the
-    parameters' ``grad`` and ``requires_grad`` are untouched.
+    A model that is an ``nn.Module`` is run in evaluation mode, and its modules are afterwards in the mode they were
+    in. Of any other callable the modules inside keep theirs: a BatchNorm in training mode would learn from the attack.
+    The parameters' ``grad`` and ``requires_grad`` are untouched.
 
     Args:
         model: maps x to logits of shape (N, C), C >= 2. Usually an ``nn.Module``; any callable will do.
@@ -124,6 +124,7 @@ def pgd(
     objective = objective_of(loss)
     eps, alpha, steps, restarts, bounds = check_numbers(eps, alpha, steps, norm, restarts, random_start, bounds, keep)
     check_samples(x, y, bounds)
+    check_generator(generator)
     if targeted is not None:
         _check_targets(targeted, y)
     logits_of = partial(checked_logits, model, largest={"y": largest_label(y), "targeted": largest_label(targeted)})
@@ -189,7 +190,10 @@ def fgsm(
 
 @contextmanager
 def evaluation_mode(model: Model) -> Iterator[None]:
-    """Run a block with the model in evaluation mode, then put every module back into the mode it had."""
+    """Run a block with the model in evaluation mode, then put every module back into the mode it had.
+
+    A callable that is no ``nn.Module`` is left alone, with the modules inside it.
+    """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     modes = [module.training for module in modules]
     if isinstance(model, nn.Module):
@@ -265,12 +269,6 @@ def largest_label(labels: Tensor | None) -> int:
     return 0 if labels is None or not labels.numel() else int(labels.max())
 
 
-def integer(argument: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{argument} must be an int, got {value!r}")
-    return int(value)
-
-
 def _pair(argument: str, values: tuple[float, float]) -> tuple[float, float]:
     try:
         first, second = values
@@ -298,6 +296,8 @@ def check_numbers(
     """eps, alpha, steps, restarts and bounds as plain numbers, if `pgd` takes all of it; it describes the errors."""
     eps, alpha = number("eps", eps), number("alpha", alpha)
     steps, restarts = integer("steps", steps), integer("restarts", restarts)
+    if not isinstance(random_start, bool):
+        raise TypeError(f"random_start must be a bool, got {random_start!r}")
     bounds = _pair("bounds", bounds)
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps must be 0 or more and finite, got {eps!r}")
@@ -315,6 +315,11 @@ def check_numbers(
     if keep not in KEEPS:
         raise ValueError(f"keep must be one of {', '.join(map(repr, KEEPS))}, got {keep!r}")
     return eps, alpha, steps, restarts, bounds
+
+
+def check_generator(generator: torch.Generator | None) -> None:
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
 
 
 def check_samples(x: Tensor, y: Tensor, bounds: tuple[float, float]) -> None:

@@ -12,7 +12,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from .attacks import Model, Norm, evaluation_mode
+from drsl_kernels.spec import integer
+
+from .attacks import Model, Norm, check_generator, evaluation_mode
 from .balls import project
 
 __all__ = ["AUTOATTACK", "STANDARD", "AutoAttackMember", "require_package"]
@@ -60,6 +62,7 @@ class AutoAttackMember:
     Raises:
         ValueError: an unknown member or norm, or a number below 1; in use, bounds other than (0, 1), a model of too
             few classes, or samples that are no images.
+        TypeError: a number that is no integer; in use, a generator that is none.
         ModuleNotFoundError: in use, pyautoattack is not installed.
 
     Source: Croce & Hein, arXiv 2003.01690; FAB: arXiv 1907.02044; Square: Andriushchenko et al., arXiv 1912.00049.
@@ -78,7 +81,7 @@ class AutoAttackMember:
         if self.norm not in _NORMS:
             raise ValueError(f"norm must be one of {', '.join(map(repr, _NORMS))}, got {self.norm!r}")
         for argument in ("restarts", "steps", "queries", "targets"):
-            if getattr(self, argument) < 1:
+            if integer(argument, getattr(self, argument)) < 1:
                 raise ValueError(f"{argument} must be 1 or more, got {getattr(self, argument)!r}")
 
     @property
@@ -105,6 +108,7 @@ class AutoAttackMember:
             raise ValueError(f"bounds must be (0, 1), which {self.member} assumes, got {bounds!r}")
         if self.member == "square" and x.dim() != 4:
             raise ValueError(f"x must have shape (N, C, height, width) for square, got {tuple(x.shape)}")
+        check_generator(generator)
         seed = int(torch.randint(2**31, (), generator=generator, device=x.device))
         devices = [x.device] if x.device.type == "cuda" else []
         # Leaving inference mode and copying makes tensors that autograd can record, wherever the caller is.

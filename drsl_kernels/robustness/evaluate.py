@@ -5,7 +5,6 @@ Relies on `attacks` and `attack_kinds`; `judging` and `attack_table` rely on it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,7 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor
 
-from .attack_kinds import AnyAttack, UniversalAttack, check_attack, loss_name
+from .attack_kinds import AnyAttack, UniversalAttack, check_attack, check_attacks, check_radii, loss_name
 from .attack_losses import margins_of
 from .attack_objects import REACH
 from .attacks import (
@@ -125,7 +124,7 @@ def worst_case(
     x: Tensor,
     y: Tensor,
     *,
-    epsilons: Sequence[float],
+    epsilons: Sequence[float] | Tensor,
     attacks: Sequence[AnyAttack],
     bounds: tuple[float, float] = (0.0, 1.0),
     batch_size: int = 256,
@@ -149,16 +148,11 @@ def worst_case(
     Raises:
         ValueError: no radius or no attack, a negative radius, attacks in several norms, batch_size below 1, no samples,
             an attack that left its ball, and all that `pgd` raises.
+        TypeError: `epsilons` holds no numbers, or `attacks` what is no attack for any radius.
         FloatingPointError: the model's logits are NaN, or what `pgd` raises.
     """
-    if not epsilons or not attacks:
-        raise ValueError(f"epsilons and attacks must not be empty, got {epsilons!r} and {attacks!r}")
-    if not all(0 <= eps < math.inf for eps in epsilons):
-        raise ValueError(f"epsilons must be 0 or more and finite, got {tuple(epsilons)!r}")
-    norms = {attack.norm for attack in attacks}
-    if len(norms) > 1:
-        raise ValueError(f"attacks must be in one norm, got {', '.join(sorted(norms))}")
-    epsilons = tuple(sorted(set(epsilons)))
+    epsilons = check_radii(epsilons)
+    check_attacks(attacks)
     search = Search(model, x, y, bounds, batch_size, generator)
     clean_correct = search.robust()
     robust, points = [], []

@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from drsl_kernels.spec import number
+from drsl_kernels.spec import integer, number
 
-from .attacks import Model, Norm, check_samples, checked_logits, evaluation_mode, integer, largest_label
+from .attacks import Model, Norm, check_samples, checked_logits, evaluation_mode, largest_label
 
 __all__ = ["FourierAttack", "FourierSweep", "SettledFourier", "fourier_direction", "single_fourier_attack"]
 
@@ -116,7 +116,8 @@ def single_fourier_attack(
     The perturbation is eps times `fourier_direction`, or minus that: the same for all images and channels, with
     largest entry eps before images are clipped to the bounds. All height * width frequencies are tried with both
     signs, for no two of these perturbations are the same: (l, m) and (-l, -m) are waves a quarter of a turn apart.
-    So the model looks at each image 2 * height * width + 1 times, in evaluation mode. No gradient is taken.
+    So the model looks at each image 2 * height * width + 1 times, in evaluation mode if it is an ``nn.Module``. No
+    gradient is taken.
 
     Args:
         model: maps x to logits of shape (N, C), C >= 2. Any callable will do.

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from drsl_kernels import gaussian_mixture_loss, softmax_loss
-from drsl_kernels.spec import DISTANCES
+from drsl_kernels.spec import DISTANCES, number
 
 __all__ = [
     "ALIASES",
@@ -143,6 +143,7 @@ class TrainingLoss:
     Raises:
         ValueError: an unknown name, tau not finite or negative, a tau of 1 or more for label smoothing, or a tau other
             than 0 for a loss that takes none.
+        TypeError: tau is no number.
     """
 
     name: str
@@ -151,7 +152,7 @@ class TrainingLoss:
     def __post_init__(self) -> None:
         if self.name not in ALL_LOSSES:
             raise ValueError(f"unknown loss {self.name!r}; the losses are {', '.join(ALL_LOSSES)}")
-        if not 0 <= self.tau < math.inf:
+        if not 0 <= number(f"tau of {self.name}", self.tau) < math.inf:
             raise ValueError(f"tau of {self.name} must be 0 or more and finite, got {self.tau!r}")
         if self.name not in _TAKES_TAU and self.tau != 0:
             raise ValueError(f"tau of {self.name} must be 0: it has no penalty; got {self.tau!r}")

@@ -21,8 +21,9 @@ from torch import Tensor
 from drsl_kernels import softmax_loss
 
 from .attack_losses import AttackLossName, margins_of
+from .attack_objects import REACH
 from .attack_table import AttackOutcome, AttackTable, run_attack
-from .attacks import Model, Norm, evaluation_mode, pgd
+from .attacks import Model, Norm, checked_logits, evaluation_mode, largest_label, pgd
 from .evaluate import Attack
 
 __all__ = [
@@ -47,7 +48,7 @@ Outcome: TypeAlias = Literal["passed", "warning", "not run"]
 # Shares above these are warnings.
 FEW: Final = 0.01  # of the samples: gradients that vanish, softmax values of 1, what late restarts still break
 _BLACK_BOX_GAIN: Final = 0.002  # AutoAttack's own check of Square; one sample alone is not enough
-_LEFT: Final = 0.01  # robust accuracy at a radius at which nothing should be left
+_LEFT: Final = 0.01  # what stands although the ball holds an image on which the model is wrong
 
 _LOSSES_THAT_SEE: Final[tuple[AttackLossName, ...]] = ("log_odds", "margin")  # where the softmax is saturated, too
 
@@ -181,28 +182,38 @@ def falls_with_eps(
     batch_size: int = 256,
     generator: torch.Generator | None = None,
 ) -> Check:
-    """Whether robust accuracy falls to 0, or to chance, where the ball holds an image for all samples alike.
+    """Whether attacks find what breaks an image where the ball holds, for all images alike, one that is plain grey.
 
-    Within 0.5 of every image (in the L2 norm sqrt(d) / 2, for d values in an image) lies the one that is 0.5 all over,
-    which can be right for one class alone. What survives there beyond chance survives because the attack fails.
+    Within 0.5 of every image (in the L2 norm sqrt(d) / 2, for d values in an image) lies the one that is 0.5 all over.
+    The model is right there for one class alone. An image of another class that survives does so because the attack
+    fails; of those of that class nothing can be told. In `numbers`, "left" is the share of the former that survive,
+    and "chance" the share of the latter, surviving or not.
     """
     name = "large eps"
     _check_images(x)
-    chance = torch.bincount(y).max().item() / len(y)
-    if chance == 1:
+    with evaluation_mode(model), torch.no_grad():
+        grey = checked_logits(model, torch.full_like(x[:1], 0.5), largest={"y": largest_label(y)})
+    right_at_grey = (margins_of(grey.expand(len(y), -1), y) > 0).cpu()
+    if right_at_grey.all():
         return Check(
-            name, "not run", "all images are of one class, and a model that knows no other is right everywhere"
+            name,
+            "not run",
+            "all images are of the class that the model sees in plain grey, and none of them must break",
         )
     eps = 0.5 if norm == "linf" else 0.5 * x[:1].numel() ** 0.5
     robust = torch.ones(len(y), dtype=torch.bool)
     for loss in _LOSSES_THAT_SEE:
         attack = Attack(loss, steps=steps, restarts=1, norm=norm)
         robust &= run_attack(model, x, y, attack, eps, batch_size=batch_size, generator=generator).robust
-    left = robust.double().mean().item()
-    numbers = {"eps": eps, "left": left, "chance": chance, "samples": len(y)}
-    found = f"at eps {eps:.3g}, where every image can be made plain grey, {percent(left)} of {len(y)} images survive"
-    if left > max(_LEFT, chance):
-        means = "nothing should, beyond chance: the attack fails, and so it may at smaller eps"
+    left = (robust & ~right_at_grey).double().mean().item()
+    class_of_grey, chance = int(grey.argmax()), right_at_grey.double().mean().item()
+    numbers = {"eps": eps, "left": left, "chance": chance, "class_of_grey": class_of_grey, "samples": len(y)}
+    found = (
+        f"at eps {eps:.3g}, where every image can be made plain grey, {percent(left)} of {len(y)} images survive "
+        f"although the model sees another class in grey (class {class_of_grey})"
+    )
+    if left > _LEFT:
+        means = "none should: the attack fails, and so it may at smaller eps"
         return Check(name, "warning", f"{found}; {means}", numbers)
     return Check(name, "passed", found, numbers)
 
@@ -300,7 +311,7 @@ def _after_steps(
             x[rows],
             y[rows],
             eps=eps,
-            alpha=eps if steps <= 1 else 2.5 * eps / steps,
+            alpha=eps if steps <= 1 else REACH * eps / steps,
             steps=steps,
             norm=norm,
             random_start=False,

@@ -5,6 +5,7 @@ Relies on `report` and `page_parts`, and on `pictures` for what was drawn; `comp
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ def _page(comparison: Comparison) -> _Page:
         checks=[f"{finding.outcome}: {finding.in_words()}" for finding in comparison.findings()],
         head=["trained with", *map(str, losses)],
         rows=rows,
-        meaning=[*meaning, f"made with: {software}"],
+        meaning=[*meaning, *_comparing(comparison), f"made with: {software}"],
         detection=detection_rows(comparison),
         detected=detection_words(comparison),
         captions=_captions(comparison),
@@ -146,7 +147,7 @@ def _sober(comparison: Comparison) -> Iterator[str]:
     for finding in comparison.findings():
         if finding.outcome == "warning":
             yield f"{finding.in_words()}."
-    baseline = next((loss for loss in comparison.losses if loss.name == BASELINE), None)
+    baseline = _baseline(comparison)
     if baseline is None:
         yield "There is no baseline here: whether a loss helps cannot be told without cross-entropy beside it."
     else:
@@ -163,21 +164,38 @@ def _sober(comparison: Comparison) -> Iterator[str]:
         )
 
 
+def _comparing(comparison: Comparison) -> Iterator[str]:
+    """What counts as a gain, where there is something to compare with."""
+    if _baseline(comparison) is not None:
+        images = comparison.runs[0].images
+        yield (
+            "more robust: by more than the two spreads together; each is the standard deviation over seeds and the "
+            f"sampling error of accuracy p on n = {images} images, sqrt(p (1 - p) / n), in quadrature"
+        )
+
+
+def _baseline(comparison: Comparison) -> TrainingLoss | None:
+    return next((loss for loss in comparison.losses if loss.name == BASELINE), None)
+
+
 def _against(comparison: Comparison, loss: TrainingLoss, baseline: TrainingLoss) -> Iterator[str]:
     ours, theirs = (accuracies(comparison.of(some)) for some in (loss, baseline))
+    images = comparison.runs[0].images
     no_gain = [
         name
         for name, a, b in zip(eps_names(comparison.settings.judging.epsilons), ours[1:], theirs[1:], strict=True)
-        if a.mean - b.mean <= _spread(a) + _spread(b)
+        if a.mean - b.mean <= _spread(a, images) + _spread(b, images)
     ]
     if no_gain:
-        yield f"{loss} is no more robust than {baseline}, within the spread of the seeds, at eps {', '.join(no_gain)}."
+        at = ", ".join(no_gain)
+        yield f"{loss} is no more robust than {baseline}, within the spread of seeds and images, at eps {at}."
     if ours[0].mean < theirs[0].mean - 0.01:
         yield f"{loss} costs clean accuracy: {ours[0].percent()} % where {baseline} has {theirs[0].percent()} %."
 
 
-def _spread(value: MeanStd) -> float:
-    return value.std or 0.0
+def _spread(value: MeanStd, images: int) -> float:
+    """Over seeds, and over draws of so many images: that of a binomial distribution."""
+    return math.hypot(value.std or 0.0, math.sqrt(value.mean * (1 - value.mean) / images))
 
 
 def _markdown(page: _Page) -> str:

@@ -42,7 +42,7 @@ _HOW_BAD: Final[dict[str, Callable[[dict[str, Any]], float]]] = {
     "gradients": lambda numbers: max(numbers["zero_log_odds"], numbers["zero_cross_entropy"]),
     "saturation": lambda numbers: numbers["saturated"],
     "randomness": lambda numbers: numbers["difference"],
-    "large eps": lambda numbers: numbers["left"] - numbers["chance"],
+    "large eps": lambda numbers: numbers["left"],
     "growing eps": lambda numbers: len(numbers["rises"]),
     "black box": lambda numbers: numbers["broken_by_black_box_alone"],
     "restarts": lambda numbers: numbers["broken_by_later_half"],

@@ -14,6 +14,8 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
+from drsl_kernels import GaussianMixtureHead
+
 from .adversarial import batch_result, draw_starts
 from .augmentation import crop_and_flip, draw_crops
 from .distributed import World
@@ -68,8 +70,11 @@ def train(
 
     Raises:
         FloatingPointError: the loss became infinite or NaN; the message names epoch and batch.
-        ValueError: amp "float16" without a CUDA device.
+        ValueError: x and y differ in length or are empty, loss "gm" for a model without a `GaussianMixtureHead`, or amp
+            "float16" without a CUDA device.
+        TypeError: x or y is no tensor, or the generator none.
     """
+    _check_arguments(model, x, y, loss, generator)
     optimizer = make_optimizer(model, recipe)
     scaler = make_scaler(recipe, x.device)
     logs = []
@@ -78,6 +83,22 @@ def train(
         if on_epoch is not None:
             on_epoch(logs[-1])
     return logs
+
+
+def _check_arguments(model: nn.Module, x: Tensor, y: Tensor, loss: TrainingLoss, generator: torch.Generator) -> None:
+    for argument, value in (("x", x), ("y", y)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{argument} must be a Tensor, got {value!r}")
+    if not len(x):
+        raise ValueError(f"x must hold one image or more, got shape {tuple(x.shape)}")
+    if y.shape != x.shape[:1]:
+        raise ValueError(f"y must have shape (N,) = ({len(x)},), got {tuple(y.shape)}")
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {generator!r}")
+    if loss.head == "gaussian" and not any(isinstance(part, GaussianMixtureHead) for part in model.modules()):
+        raise ValueError(
+            f"loss {loss} needs a model with a GaussianMixtureHead, got {type(model).__name__} without one"
+        )
 
 
 def make_scaler(recipe: Recipe, device: torch.device) -> torch.amp.GradScaler:

@@ -1,6 +1,6 @@
 """How good a model is on images held out of training, after each epoch: what the best checkpoint is chosen by.
 
-Relies on `attacks`; `engine` relies on it.
+Relies on `attacks` and `attack_objects`; `engine` relies on it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attack_objects import REACH
 from .attacks import evaluation_mode, pgd
 from .distributed import World
 from .random_streams import generator_for
@@ -23,7 +24,6 @@ __all__ = ["Validation", "validate"]
 
 _BATCH: Final = 256
 _STEPS: Final = 10
-_REACH: Final = 2.5  # of all steps together, in units of eps, as in `evaluate.Attack`
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _robust_accuracy(
             batch_x,
             batch_y,
             eps=adversarial.eps,
-            alpha=_REACH * adversarial.eps / _STEPS,
+            alpha=REACH * adversarial.eps / _STEPS,
             steps=_STEPS,
             norm=adversarial.norm,
             generator=generator_for(seed, "validation", batch, device=x.device),

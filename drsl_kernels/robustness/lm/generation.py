@@ -10,7 +10,9 @@ import math
 import torch
 from torch import Tensor
 
-from ..attacks import evaluation_mode, integer
+from drsl_kernels.spec import integer
+
+from ..attacks import evaluation_mode
 from .model import GPT
 
 __all__ = ["continued"]

@@ -12,7 +12,9 @@ from typing import Final, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from ..attacks import evaluation_mode, integer
+from drsl_kernels.spec import integer
+
+from ..attacks import evaluation_mode
 from .scoring import LanguageModel, check_sequences, sequence_losses, token_losses
 
 __all__ = ["PROPOSALS", "Proposal", "Substitution", "substitute_tokens"]
