@@ -33,7 +33,7 @@ from .masking import Check
 __all__ = ["AttackSettings", "Attacked", "Progress", "Subject", "attack_checkpoint", "load_subject"]
 
 # Part of every finished part's identity. Raise it when a change to attacks or checks changes the numbers.
-_REVISION: Final = 1
+_REVISION: Final = 2
 
 
 @dataclass(frozen=True)

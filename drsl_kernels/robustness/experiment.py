@@ -50,7 +50,7 @@ __all__ = ["Comparison", "Progress", "Settings", "compare", "run_folder"]
 _REVISION: Final = 3
 
 # The same for the masking checks, whose numbers are kept apart.
-_CHECKS_REVISION: Final = 1
+_CHECKS_REVISION: Final = 2
 
 # Of training that is killed, no more is lost than this.
 _CHECKPOINT_SECONDS: Final = 10.0

@@ -81,6 +81,7 @@ def _second_largest_softmax(comparison: Comparison) -> Figure:
     for axes in grid.flat[len(losses) :]:
         axes.set_visible(False)
     bins = np.linspace(0, 0.5, 26)
+    most = max(1, *(sum(sum(run.right()) for run in comparison.of(loss)) for loss in losses))
     eps = comparison.settings.judging.histogram_eps()
     for axes, loss in zip(grid.flat, losses, strict=False):
         runs = comparison.of(loss)
@@ -101,9 +102,9 @@ def _second_largest_softmax(comparison: Comparison) -> Figure:
                 linewidth=1.8,
                 label=label,
             )
-        if len(before):
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_ylim(50 / most, 200)  # from half an image
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set_title(str(loss), fontsize=10)
         axes.grid(alpha=0.3)
     figure.supxlabel(
