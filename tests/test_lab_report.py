@@ -21,7 +21,11 @@ from drsl_kernels.robustness import pictures
 from drsl_kernels.robustness.attack_names import AttackParameters
 from drsl_kernels.robustness.data import digits
 from drsl_kernels.robustness.experiment import Comparison, Settings
-from drsl_kernels.robustness.inside_pictures import attack_correlation, telling_radius
+from drsl_kernels.robustness.inside_pictures import (
+    attack_correlation,
+    feature_planes_picture,
+    telling_radius,
+)
 from drsl_kernels.robustness.insight import PLANE_IMAGES, Plane, feature_planes, wrong_class_distances
 from drsl_kernels.robustness.judging import Judging, RunResult
 from drsl_kernels.robustness.losses import TrainingLoss
@@ -311,6 +315,22 @@ def test_correlation() -> None:
     late = replace(ce, fell=((1, 0, 1),) * 20 + (survives,) * 20)
     assert telling_radius(replace(found, settings=radii, runs=(late,))) == 1
     assert telling_radius(replace(found, settings=radii, runs=(ce,))) == 0
+
+
+def test_pictures_leave_out_what_is_wrong_without_an_attack() -> None:
+    some = comparison(seeds=1).runs[0]
+    wrong = tuple(at < 0 for at, _, _ in some.fell)
+    assert 0 < sum(wrong) < IMAGES
+    told_apart = tuple(0.49 if is_wrong else 0.01 for is_wrong in wrong)
+    marked = replace(some, second_largest_before=told_apart, second_largest_after=told_apart)
+    found = replace(comparison(seeds=1), losses=(CE,), runs=(marked,))
+
+    (axes,) = pictures._second_largest_softmax(found).axes
+    corners = np.concatenate([np.asarray(patch.get_xy()).reshape(-1, 2) for patch in axes.patches])
+    assert {round(x, 2) for x, height in corners if height > 1} == {0.0, 0.02}
+
+    (axes,) = feature_planes_picture(found).axes
+    assert sum(len(points.get_offsets()) for points in axes.collections) == 2 * (IMAGES - sum(wrong))
 
 
 def test_nothing_is_right_without_an_attack(tmp_path: Path) -> None:
