@@ -19,7 +19,7 @@ from click.testing import CliRunner
 
 from drsl_kernels.robustness import command_parts, compare_command, engine, experiment
 from drsl_kernels.robustness.attack_names import AttackParameters
-from drsl_kernels.robustness.cascade_checks import black_box_after_gradients, late_starts
+from drsl_kernels.robustness.cascade_checks import black_box_after_gradients, last_attack, late_starts
 from drsl_kernels.robustness.commands import drsl
 from drsl_kernels.robustness.judging import Judging, RunResult
 from drsl_kernels.robustness.losses import ALL_LOSSES, DEFAULT_TAUS, TrainingLoss
@@ -307,6 +307,26 @@ class TestCascadeChecks:
     def test_late_starts(self, fell: tuple[int, int, int], expected: str) -> None:
         assert late_starts(result([fell] * 2 + [STANDS] * 98), self.judging, 0).outcome == expected
         assert late_starts(result([fell] + [STANDS] * 99), self.judging, 0).outcome == "passed"
+
+    @pytest.mark.parametrize(
+        ("fell", "expected"),
+        [
+            ((0, 1, 1), "warning"),  # to the last attack with gradients
+            ((0, 0, 1), "passed"),  # to the first
+            ((0, 2, 1), "passed"),  # to the one without gradients
+            ((1, 1, 1), "passed"),  # at another radius
+            ((-1, -1, 0), "passed"),  # never right
+        ],
+    )
+    def test_last_attack(self, fell: tuple[int, int, int], expected: str) -> None:
+        check = last_attack(result([fell] * 2 + [STANDS] * 98), self.judging, 0)
+        assert (check.outcome, check.eps, check.numbers["attack"]) == (expected, 0.1, "pgd:ce")
+        assert last_attack(result([fell] + [STANDS] * 99), self.judging, 0).outcome == "passed"
+
+    @pytest.mark.parametrize("attacks", [("pgd:log_odds",), ("pgd:log_odds", "square"), ("pgd:log_odds", "fgsm:ce")])
+    def test_one_attack_over_many_steps_tells_nothing(self, attacks: tuple[str, ...]) -> None:
+        everything = result([(0, 0, 1), (0, 1, 1), STANDS])
+        assert last_attack(everything, Judging((0.1,), attacks), 0).outcome == "not run"
 
     def test_a_single_start_tells_nothing(self) -> None:
         judging = replace(self.judging, parameters=AttackParameters(restarts=1))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import seeded
 from test_lab_attacks import images, model, trained_cnn
 from torch import Tensor, nn
@@ -300,6 +302,40 @@ class TestRestarts:
         )
         assert masking.restarts_saturate([honest]).outcome == "passed"
         assert masking.restarts_saturate([noisy]).outcome == "warning"
+
+
+class TestConvergence:
+    def test_by_hand(self) -> None:
+        """Misclassified, broken by both, by the first alone, by the second alone, by none."""
+        first, second = outcome("pgd", [0, 1, 2, -1, -1]), outcome("apgd-t", [0, 1, -1, 3, -1])
+        check = masking.attacks_agree([first, second])
+        assert (check.outcome, check.eps) == ("warning", 0.1)
+        assert check.numbers == {"broken_by_one": 0.2, "attack": "pgd"}
+        same = masking.attacks_agree([first, replace(first, attack="apgd-t")])
+        assert (same.outcome, same.numbers["broken_by_one"]) == ("passed", 0)
+        # What a third broke as well is not broken by one alone.
+        third = outcome("fab-t", [0, -1, 1, 1, -1])
+        assert masking.attacks_agree([first, second, third]).outcome == "passed"
+
+    def test_other_kinds_do_not_count(self) -> None:
+        first, second = outcome("pgd", [0, 1, 2, -1]), outcome("apgd-t", [0, 1, 2, -1])
+        for other in (outcome("fgsm:ce", [0, 1, 2, 1]), outcome("square", [0, 1, 2, 1], black_box=True)):
+            assert masking.attacks_agree([first, second, other]).outcome == "passed"
+            assert masking.attacks_agree([first, other]).outcome == "not run"
+        assert masking.attacks_agree([]).outcome == "not run"
+
+    def test_an_attack_that_sees_beside_one_that_is_blind(self, model: nn.Module, images: Images) -> None:
+        """Hundredfold logits: cross-entropy in float32 is 0 on most images, and has no gradient there."""
+        attacks = [Attack(loss, steps=5, restarts=1) for loss in ("margin", "log_odds")]
+        blind = Attack(lambda logits, y: F.cross_entropy(logits, y, reduction="none"), steps=5, restarts=1)
+
+        def judge(*attacks: Attack) -> masking.Check:
+            found = attack_table(Scaled(model, 100), *images, epsilons=[0.1], attacks=attacks, generator=seeded())
+            return masking.attacks_agree(found.outcomes)
+
+        assert judge(*attacks).outcome == "passed"
+        check = judge(attacks[0], blind)
+        assert (check.outcome, check.numbers["attack"]) == ("warning", "pgd:margin")
 
 
 class TestGrowingEps:

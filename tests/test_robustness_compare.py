@@ -98,7 +98,7 @@ class TestCompare:
         assert "per-sample worst case over PGD with 2 steps and 1 random start on log_odds, margin, ce" in flat
         assert "percent of 40 test images, a single seed" in flat
         assert "small_cnn on digits, at most 40 training images, 2 epochs of adam at 0.002 (constant)" in flat
-        assert re.search(r"masking checks: \d+ of 16 warn, \d+ pass, \d+ cannot tell", flat)
+        assert re.search(r"masking checks: \d+ of 18 warn, \d+ pass, \d+ cannot tell", flat)
 
     def test_json(self, finished: tuple[Path, str]) -> None:
         content = json.loads((finished[0] / "results.json").read_text())

@@ -249,7 +249,9 @@ def _checks(
     found.append(masking.never_rises(table))
     for eps in settings.epsilons:
         found.append(masking.black_box_beats_white_box(table, eps))
-        found.append(masking.restarts_saturate([o for o in table.outcomes if o.eps == eps and not o.black_box]))
+        white = [outcome for outcome in table.outcomes if outcome.eps == eps and not outcome.black_box]
+        found.append(masking.attacks_agree(white))
+        found.append(masking.restarts_saturate(white))
         keep("steps", partial(masking.rises_with_steps, model, few, labels, eps, norm=norm, **look), eps)
     return found
 

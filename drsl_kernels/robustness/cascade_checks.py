@@ -1,4 +1,4 @@
-"""Masking checks that rest on a cascade of attacks alone: what Square broke beyond gradients, what late starts broke.
+"""Masking checks that rest on a cascade of attacks alone: what the last, late starts and Square broke.
 
 In a cascade each image falls once, at the smallest radius and to the first attack that breaks it, and is not attacked
 again; what another attack would have done to it cannot be told, and is not guessed. Relies on `masking` and `judging`;
@@ -9,9 +9,17 @@ from __future__ import annotations
 
 from .attack_kinds import AnyAttack
 from .judging import Judging, RunResult
-from .masking import FEW, Check, black_box_verdict, percent
+from .masking import (
+    FEW,
+    Check,
+    black_box_verdict,
+    convergence_not_told,
+    convergence_verdict,
+    goes_on,
+    percent,
+)
 
-__all__ = ["black_box_after_gradients", "late_starts"]
+__all__ = ["black_box_after_gradients", "last_attack", "late_starts"]
 
 
 def black_box_after_gradients(result: RunResult, judging: Judging, radius: int) -> Check:
@@ -47,6 +55,22 @@ def late_starts(result: RunResult, judging: Judging, radius: int) -> Check:
         means = "whether the first starts of the attacks after them would have, cannot be told: drsl attack can tell"
         return Check(name, "not run", f"{found}; {means}", numbers, eps)
     return Check(name, "passed", found, numbers, eps)
+
+
+def last_attack(result: RunResult, judging: Judging, radius: int) -> Check:
+    """Whether the last attack with gradients still broke more than a few images on which the others had failed.
+
+    Single steps and waves are left out.
+    """
+    eps = judging.epsilons[radius]
+    made = [(number, attack) for number, attack in enumerate(judging.made()) if not attack.black_box]
+    made = [(number, attack) for number, attack in made if goes_on(attack.name)]
+    if len(made) < 2:
+        return convergence_not_told(eps)
+    number, attack = made[-1]
+    share = sum(at == radius and by == number for at, by, _ in result.fell) / result.images
+    found = f"{attack.name}, the last attack with gradients, still broke {percent(share)} of the images"
+    return convergence_verdict(share, attack.name, found, eps)
 
 
 def _late(result: RunResult, radius: int, number: int, attack: AnyAttack) -> float:

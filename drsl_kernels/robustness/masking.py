@@ -30,10 +30,14 @@ __all__ = [
     "FEW",
     "Check",
     "Outcome",
+    "attacks_agree",
     "black_box_beats_white_box",
     "black_box_verdict",
     "checks_of_model",
+    "convergence_not_told",
+    "convergence_verdict",
     "falls_with_eps",
+    "goes_on",
     "gradients_vanish",
     "never_rises",
     "outputs_vary",
@@ -53,6 +57,9 @@ _LEFT: Final = 0.01  # what stands although the ball holds an image on which the
 _LOSSES_THAT_SEE: Final[tuple[AttackLossName, ...]] = ("log_odds", "margin")  # where the softmax is saturated, too
 
 _SHARE_OF_RISE: Final = 0.05  # how much less than one step many steps may gain, relative to the gain of one
+
+# Attacks, by the beginning of their names, that go as far as they may and overshoot, and do so honestly.
+_AT_ONCE: Final = ("fgsm", "fourier")
 
 # AutoAttack's own check of randomized models: how far apart logits of unit length may be, in two passes.
 _VARIATION: Final = 1e-4
@@ -172,6 +179,44 @@ def black_box_verdict(more: int, images: int, numbers: dict[str, Any], eps: floa
     return Check(name, "passed", found, numbers, eps)
 
 
+def attacks_agree(outcomes: Sequence[AttackOutcome]) -> Check:
+    """Whether, of several attacks with gradients at one radius, a single one broke more than a few samples that none of
+    the others broke.
+
+    Where it did, nothing says that a further attack would not do the same, and the worst case is too high. Single steps
+    and waves are left out.
+    """
+    outcomes = [outcome for outcome in outcomes if goes_on(outcome.attack) and not outcome.black_box]
+    eps = outcomes[0].eps if outcomes else None
+    if len(outcomes) < 2:
+        return convergence_not_told(eps)
+    fell = torch.stack([outcome.fell > 0 for outcome in outcomes])
+    alone = (fell & (fell.sum(0) == 1)).double().mean(1)
+    most = int(alone.argmax())
+    name = outcomes[most].attack
+    found = f"{name} breaks {percent(alone[most].item())} of the images that no other attack with gradients breaks"
+    return convergence_verdict(alone[most].item(), name, found, eps)
+
+
+def convergence_verdict(share: float, attack: str, found: str, eps: float | None) -> Check:
+    """What it means that one attack with gradients broke such a share of the images where others had failed."""
+    name, numbers = "convergence", {"broken_by_one": share, "attack": attack}
+    if share > FEW:
+        means = "stronger attacks would break more: raise steps, targets and restarts, or add attacks"
+        return Check(name, "warning", f"{found}; {means}", numbers, eps)
+    return Check(name, "passed", found, numbers, eps)
+
+
+def convergence_not_told(eps: float | None) -> Check:
+    found = "there are not two attacks that follow gradients over many steps: one alone tells nothing"
+    return Check("convergence", "not run", found, eps=eps)
+
+
+def goes_on(attack: str) -> bool:
+    """Whether an attack of this name goes on searching, rather than to go as far as it may at once."""
+    return not attack.startswith(_AT_ONCE)
+
+
 def falls_with_eps(
     model: Model,
     x: Tensor,
@@ -221,7 +266,7 @@ def falls_with_eps(
 def never_rises(table: AttackTable) -> Check:
     """Whether an attack, on its own, leaves more samples standing at a larger radius than at a smaller one.
 
-    Single steps and waves are left out: they go as far as they may and overshoot, and do so honestly.
+    Single steps and waves are left out.
     """
     name = "growing eps"
     if len(table.epsilons) < 2:
@@ -230,7 +275,7 @@ def never_rises(table: AttackTable) -> Check:
     for attack in table.attacks:
         accuracies = {eps: table.of(attack, eps).accuracy() for eps in table.epsilons}
         pairs = zip(table.epsilons, table.epsilons[1:], strict=False)
-        if not attack.startswith(("fgsm", "fourier")):
+        if goes_on(attack):
             found += [(attack, *pair) for pair in pairs if accuracies[pair[1]] > accuracies[pair[0]] + FEW]
     if found:
         attack, small, large = found[0]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from . import masking
 from .attack_table import attack_table
-from .cascade_checks import black_box_after_gradients, late_starts
+from .cascade_checks import black_box_after_gradients, last_attack, late_starts
 from .evaluate import Attack
 from .judging import Judging, RunResult
 from .losses import TrainingLoss
@@ -45,6 +44,7 @@ _HOW_BAD: Final[dict[str, Callable[[dict[str, Any]], float]]] = {
     "large eps": lambda numbers: numbers["left"],
     "growing eps": lambda numbers: len(numbers["rises"]),
     "black box": lambda numbers: numbers["broken_by_black_box_alone"],
+    "convergence": lambda numbers: numbers["broken_by_one"],
     "restarts": lambda numbers: numbers["broken_by_later_half"],
     "steps": lambda numbers: numbers["mean_log_odds"][1] - numbers["mean_log_odds"][-1],
 }
@@ -101,8 +101,8 @@ def check_model(model: nn.Module, x: Tensor, y: Tensor, judging: Judging, *, see
 
 def checks_of_cascade(result: RunResult, judging: Judging) -> list[Check]:
     """The checks that rest on what judging found, radius by radius."""
-    makers = (partial(black_box_after_gradients, result, judging), partial(late_starts, result, judging))
-    return [make(radius) for radius in range(len(judging.epsilons)) for make in makers]
+    makers = (black_box_after_gradients, last_attack, late_starts)
+    return [make(result, judging, radius) for radius in range(len(judging.epsilons)) for make in makers]
 
 
 def save_checks(path: Path, identity: dict[str, Any], checks: Sequence[Check]) -> None:
