@@ -57,6 +57,7 @@ class TestFailures:
             (["--attacks", "pgd", "--queries", "7"], "--queries needs one of square among --attacks"),
             (["--attacks", "square", "--iterations", "7"], "--iterations needs one of apgd-ce, apgd-dlr, apgd-t, fab,"),
             (["--attacks", "pgd", "--targets", "9"], "--targets needs one of pgd-t, apgd-t, fab-t among --attacks"),
+            (["--data-dir", "data"], "--data-dir needs a checkpoint of a data set with files, which digits has not"),
             (["--attacks", "fgsm", "--steps", "20"], "--steps needs one of pgd, pgd-t, transfer among --attacks"),
             (["--attacks", "fgsm", "--restarts", "1"], "--restarts needs one of pgd, pgd-t, transfer among --attacks"),
         ],

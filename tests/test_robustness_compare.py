@@ -211,6 +211,20 @@ class TestCompare:
         assert [judged(copy, run) for run in RUNS] == [judged(finished[0], run) for run in RUNS]
         assert [sorted(os.listdir(copy / "runs" / run)) for run in RUNS] == [FILES, FILES]
 
+    @pytest.mark.parametrize("judged_before", [True, False])
+    def test_damaged_weights_tell_the_way_out(self, copy: Path, judged_before: bool) -> None:
+        folder = copy / "runs" / RUNS[0]
+        content = bytearray((folder / "best.pt").read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / "best.pt").write_bytes(content)
+        if not judged_before:
+            (folder / "judged.json").unlink()
+        result = drsl_compare(*TINY, "--out", str(copy))
+        assert result.exit_code == 1, result.output
+        flat = " ".join(result.output.replace("│", " ").split())
+        assert "best.pt is no checkpoint" in flat
+        assert "drsl compare: or with --fresh" in flat
+
     @pytest.mark.parametrize(
         "change",
         [

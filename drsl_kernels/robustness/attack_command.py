@@ -157,7 +157,7 @@ def attack_command(checkpoints: tuple[Path, ...], sources: tuple[Path, ...], **o
     check_device(settings.device)
     models = [_load(path, settings.device, "CHECKPOINT") for path in dict.fromkeys(checkpoints)]
     strangers = [_load(path, settings.device, "--transfer-from") for path in dict.fromkeys(sources)]
-    _check_fit(settings, models, strangers)
+    _check_fit(settings, models, strangers, options["data_dir"] is not None)
     before = earlier_results(out / RESULTS[0], ("meaning", "settings", "checkpoints"), "drsl attack")
     maps = [heat_map_name(model) for model in models] if FOURIER in settings.attacks else []
     prepare_folder(out, [out / name for name in (*RESULTS, *maps)] + [parts_of(out) / "any.json"])
@@ -235,8 +235,12 @@ def _note_left_out(settings: AttackSettings, model: Subject, strangers: Sequence
                 bars.note(f"{model.path}: nothing is transferred from {stranger.path}, which is the same model.")
 
 
-def _check_fit(settings: AttackSettings, models: Sequence[Subject], strangers: Sequence[Subject]) -> None:
+def _check_fit(
+    settings: AttackSettings, models: Sequence[Subject], strangers: Sequence[Subject], has_data_dir: bool
+) -> None:
     """What an attack needs of a model, and what two models must have in common, before hours of work."""
+    if has_data_dir and all(model.loaded.about["dataset"] == "digits" for model in models):
+        raise click.UsageError("--data-dir needs a checkpoint of a data set with files, which digits has not")
     for model in models:
         about = model.loaded.about
         for name in settings.attacks:

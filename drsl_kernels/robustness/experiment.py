@@ -43,6 +43,7 @@ from .run_checks import (
 from .settings import TrainingSettings, default_settings, differences
 from .storage import set_aside
 from .timing import EpochTime, Timed, plan_timing, time_epochs
+from .training_folder import ANEW
 
 __all__ = ["Comparison", "Progress", "Settings", "compare", "run_folder"]
 
@@ -326,7 +327,10 @@ class _Run:
         return self._identity() | checks
 
     def _model(self) -> nn.Module:
-        return load_model(self.folder / engine.BEST, device=self.training.device).model
+        try:
+            return load_model(self.folder / engine.BEST, device=self.training.device).model
+        except ValueError as error:
+            raise ValueError(f"{error}: {ANEW}") from error
 
     def _identity(self) -> dict[str, Any]:
         """All that decides what judging finds, as JSON gives it back."""
