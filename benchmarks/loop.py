@@ -20,7 +20,8 @@ from torch import Tensor
 from drsl_kernels import fused_drsl_loss
 from drsl_kernels.robustness import pgd
 from drsl_kernels.robustness.data import digits
-from drsl_kernels.robustness.losses import DEFAULT_TAUS, TrainingLoss
+from drsl_kernels.robustness.loss_names import DEFAULT_TAUS
+from drsl_kernels.robustness.losses import TrainingLoss
 from drsl_kernels.robustness.models import small_cnn
 from drsl_kernels.robustness.timing import time_epochs
 from drsl_kernels.robustness.train import Recipe

@@ -26,7 +26,7 @@ from drsl_kernels.robustness import (
 from drsl_kernels.robustness.attack_losses import per_sample
 from drsl_kernels.robustness.attacks import NORMS
 from drsl_kernels.robustness.data import digits
-from drsl_kernels.robustness.losses import LOSS_NAMES
+from drsl_kernels.robustness.loss_names import LOSS_NAMES
 from drsl_kernels.robustness.models import small_cnn
 
 pytestmark = pytest.mark.usefixtures("one_thread")

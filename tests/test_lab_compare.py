@@ -22,7 +22,8 @@ from drsl_kernels.robustness.attack_names import AttackParameters
 from drsl_kernels.robustness.cascade_checks import black_box_after_gradients, last_attack, late_starts
 from drsl_kernels.robustness.commands import drsl
 from drsl_kernels.robustness.judging import Judging, RunResult
-from drsl_kernels.robustness.losses import ALL_LOSSES, DEFAULT_TAUS, TrainingLoss
+from drsl_kernels.robustness.loss_names import ALL_LOSSES, DEFAULT_TAUS
+from drsl_kernels.robustness.losses import TrainingLoss
 from drsl_kernels.robustness.masking import Check
 from drsl_kernels.robustness.models import small_cnn
 from drsl_kernels.robustness.run_checks import findings

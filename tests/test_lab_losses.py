@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from drsl_kernels import gce_loss, isce_loss, softmax_loss
 from drsl_kernels.robustness import Recipe, TrainingLoss
 from drsl_kernels.robustness.attack_losses import per_sample
 from drsl_kernels.robustness.commands import drsl
-from drsl_kernels.robustness.losses import ALL_LOSSES, DEFAULT_TAUS
+from drsl_kernels.robustness.loss_names import ALL_LOSSES, DEFAULT_TAUS, LossName, canonical_loss, default_taus
 from drsl_kernels.robustness.settings import TrainingSettings
 
 Z, Y = random_logits(12, 5), random_labels(12, classes=5)
@@ -28,16 +30,84 @@ FUNCTIONS: dict[str, Any] = {
     "sigsoftmax": lambda tau: softmax_loss(Z, Y, activation="sigsoftmax", reduction="none"),
     "gce": lambda tau: gce_loss(Z, Y, 0.7, reduction="none"),
     "uniform": lambda tau: softmax_loss(Z, Y, distance="uniform", tau=tau, reduction="none"),
+    "gce:0.3": lambda tau: gce_loss(Z, Y, 0.3, reduction="none"),
+    "truncated_gce:0.3": lambda tau: gce_loss(Z, Y, 0.3, threshold=tau, reduction="none"),
+    "gce:0.3+kl": lambda tau: softmax_loss(Z, Y, truth="gce", q=0.3, distance="kl", tau=tau, reduction="none"),
+    "mae+uniform": lambda tau: softmax_loss(Z, Y, truth="mae", distance="uniform", tau=tau, reduction="none"),
+    "sigsoftmax+conditional": lambda tau: softmax_loss(
+        Z, Y, activation="sigsoftmax", distance="conditional", tau=tau, reduction="none"
+    ),
 }
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_what_is_trained_is_what_is_attacked(name: str) -> None:
-    loss = TrainingLoss(name, DEFAULT_TAUS[name][-1])
+    loss = TrainingLoss(name, default_taus(name)[-1])
     rows: Tensor = FUNCTIONS[name](loss.tau)
     torch.testing.assert_close(loss(Z, Y).loss, rows.mean())
     torch.testing.assert_close(per_sample(loss)(Z, Y), rows)
     assert loss(Z, Y).correct == (Z.argmax(1) == Y).sum()
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("kl", "kl"),
+        ("ce+kl", "kl"),
+        ("drsl", "uniform"),
+        ("gce+drsl", "gce+uniform"),
+        ("gce:0.70", "gce"),
+        ("gce:5e-1", "gce:0.5"),
+        ("gce:0.30000000000000004", "gce:0.30000000000000004"),
+        ("truncated_gce:1", "truncated_gce:1"),
+        ("gce:.5+ce", None),
+        ("gce+", None),
+        ("+kl", None),
+        ("kl+uniform", None),
+        ("isce+kl", None),  # tau is its margin
+        ("gm+kl", None),
+        ("mae:0.5", None),
+        ("kl:0.5", None),
+        ("", None),
+    ],
+)
+def test_names(text: str, name: str | None) -> None:
+    if name is None:
+        with pytest.raises(ValueError, match=re.escape(f"unknown loss {text!r}; the losses are ce, uniform, ")):
+            canonical_loss(text)
+    else:
+        assert canonical_loss(text) == canonical_loss(name) == name
+        assert TrainingLoss(text, default_taus(text)[-1]) == TrainingLoss(name, default_taus(name)[-1])
+
+
+@pytest.mark.parametrize("q", ["", "x", "0", "1e-31", "1.5", "nan", "-0.5"])
+def test_bad_exponents(q: str) -> None:
+    with pytest.raises(ValueError, match=f"q of 'gce:{q}' must be .*, got '{q}'"):
+        LossName.parse(f"gce:{q}")
+
+
+def test_a_loss_is_no_number() -> None:
+    with pytest.raises(ValueError, match="unknown loss 3; the losses are"):
+        TrainingLoss(3)  # type: ignore[arg-type]
+
+
+def test_truncation_begins_with_the_same_exponent() -> None:
+    assert TrainingLoss("truncated_gce:0.3", 0.5).at(0, 9) == TrainingLoss("gce:0.3")
+
+
+def test_exponents_and_distances_from_the_command_line(tmp_path: Path) -> None:
+    options = ["--epochs", "1", "--samples", "20", "--eps", "0.1", "--steps", "1", "--restarts", "1", "--seeds", "1"]
+    options += ["--losses", "gce:0.30,gce+kl", "--tau", "gce+kl=1", "--check-images", "0", "--out", str(tmp_path)]
+    result = CliRunner().invoke(drsl, ["compare", *options])
+    assert result.exit_code == 0, result.output
+    assert sorted(run.name for run in (tmp_path / "runs").iterdir()) == ["gce+kl-tau1-seed0", "gce-q0.3-tau0-seed0"]
+    found = json.loads((tmp_path / "results.json").read_text())["summary"]
+    assert [(row["loss"], row["tau"]) for row in found] == [("gce:0.3", 0), ("gce+kl", 1)]
+    best = str(tmp_path / "runs" / "gce+kl-tau1-seed0" / "best.pt")
+    options = ["--attacks", "pgd:training", "--eps", "0.1", "--samples", "20", "--check-samples", "0"]
+    result = CliRunner().invoke(drsl, ["attack", best, *options, "--out", str(tmp_path / "attack")])
+    assert result.exit_code == 0, result.output
+    assert "gce+kl tau=1" in result.output
 
 
 def test_labels_are_dropped_when_the_model_knows_something() -> None:
@@ -66,7 +136,8 @@ def test_the_margin_and_sigsoftmax_go_with_smoothed_labels_and_truncation_does_n
         ("sigsoftmax", 1.0, "tau of sigsoftmax must be 0"),
         ("truncated_gce", 1.0, "tau of truncated_gce must be below 1, got 1.0"),
         ("isce", -1.0, "tau of isce must be 0 or more"),
-        ("drsl", 0.3, "unknown loss 'drsl'"),
+        ("truncated_gce:0.5", 1.0, "tau of truncated_gce:0.5 must be below 1, got 1.0"),
+        ("gce:0.5", 0.1, "tau of gce:0.5 must be 0"),
     ],
 )
 def test_errors(name: str, tau: float, message: str) -> None:

@@ -21,7 +21,8 @@ from drsl_kernels.robustness.augmentation import crop_and_flip, draw_crops
 from drsl_kernels.robustness.checkpoint import load_model
 from drsl_kernels.robustness.data import Split, digits
 from drsl_kernels.robustness.engine import run
-from drsl_kernels.robustness.losses import LOSS_NAMES, TrainingLoss
+from drsl_kernels.robustness.loss_names import LOSS_NAMES
+from drsl_kernels.robustness.losses import TrainingLoss
 from drsl_kernels.robustness.models import small_cnn
 from drsl_kernels.robustness.optimisation import learning_rate_at, make_optimizer
 from drsl_kernels.robustness.recipe import Adversarial, Recipe

@@ -320,7 +320,7 @@ class TestCommand:
             (["--amp", "float16"], 1, "amp 'float16' needs a CUDA device"),
             (["--device", "abacus"], 2, "cannot use 'abacus' here"),
             (["--loss", "gce", "--label-smoothing", "0.1"], 1, "label_smoothing must be 0 with loss gce, got 0.1"),
-            (["--loss", "hinge"], 2, "'hinge' is not one of"),
+            (["--loss", "hinge"], 2, "unknown loss 'hinge'; the losses are ce, uniform"),
             (["--resume"], 2, "holds no training run to resume; to begin one there, leave out --resume or give other"),
             (["--data-dir", "data"], 2, "--data-dir needs a --dataset with files, which digits has not"),
         ],

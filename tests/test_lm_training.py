@@ -6,6 +6,7 @@ import csv
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -18,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from drsl_kernels.robustness.checkpoint import save_checkpoint
 from drsl_kernels.robustness.distributed import World
 from drsl_kernels.robustness.lm import ByteTokens, LanguageLoss, Text, load_corpus, load_language_model
 from drsl_kernels.robustness.lm.corpus import Corpus
@@ -288,6 +290,16 @@ class TestFolder:
         (tmp_path / "other.pt").write_bytes(b"text")
         with pytest.raises(ValueError, match=r"other\.pt is no checkpoint of drsl lm"):
             load_language_model(tmp_path / "other.pt")
+
+    @pytest.mark.parametrize("lost", ["optimizer", "step", "seen"])
+    def test_of_a_state_that_lacks_something(self, tmp_path: Path, undisturbed: Path, lost: str) -> None:
+        shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+        content = read_last(tmp_path)
+        del content["state"][lost]
+        save_checkpoint(tmp_path / "last.pt", content)
+        message = f"no state that this training could go on from, KeyError: '{lost}': train anew"
+        with pytest.raises(ValueError, match=message):
+            train_language_model(TINY, corpus(), tmp_path, StopAt())
 
     def test_settings_are_read_back(self) -> None:
         assert LanguageSettings.from_json(TINY.as_json()) == TINY

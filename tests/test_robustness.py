@@ -26,7 +26,7 @@ from drsl_kernels.robustness import (
     worst_case,
 )
 from drsl_kernels.robustness.data import digits
-from drsl_kernels.robustness.losses import ALL_LOSSES, LOSS_NAMES
+from drsl_kernels.robustness.loss_names import ALL_LOSSES, LOSS_NAMES
 from drsl_kernels.robustness.models import small_cnn
 from drsl_kernels.robustness.timing import time_epochs
 

@@ -22,7 +22,8 @@ from drsl_kernels.robustness.cli import main
 from drsl_kernels.robustness.command_parts import prepare_folder
 from drsl_kernels.robustness.commands import drsl
 from drsl_kernels.robustness.judging import Judging, load_result
-from drsl_kernels.robustness.losses import ALL_LOSSES, TrainingLoss
+from drsl_kernels.robustness.loss_names import ALL_LOSSES
+from drsl_kernels.robustness.losses import TrainingLoss
 from drsl_kernels.robustness.page import PAGES
 from drsl_kernels.robustness.pictures import PICTURES
 
@@ -302,7 +303,7 @@ class TestCompare:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["--losses", "hinge"], f"unknown loss 'hinge'; choose from {', '.join(ALL_LOSSES)}"),
+            (["--losses", "hinge"], f"unknown loss 'hinge'; the losses are {', '.join(ALL_LOSSES)}"),
             (["--losses", ""], "unknown loss ''"),
             (["--attacks", "log_odds"], "unknown attack 'log_odds'; choose from fgsm, pgd"),
             (["--attacks", "pgd:hinge"], "unknown loss in attack 'pgd:hinge'"),

@@ -17,7 +17,8 @@ from torch import Tensor
 from drsl_kernels import gaussian_mixture_loss, softmax_loss
 from drsl_kernels.spec import Truth
 
-from .losses import BASELINE, GAUSSIAN, LARGEST_MARGIN, SMOOTHED, TrainingLoss
+from .loss_names import BASELINE, GAUSSIAN, SMOOTHED
+from .losses import LARGEST_MARGIN, TrainingLoss
 
 __all__ = ["ATTACK_LOSSES", "AttackLoss", "AttackLossName", "Objective", "margins_of", "objective_of", "per_sample"]
 

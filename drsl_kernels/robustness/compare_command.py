@@ -44,17 +44,18 @@ from .detection_run import DETECTED
 from .engine import BEST, FILES
 from .experiment import Comparison, Settings, compare, run_folder
 from .judging import JUDGED, Judging
-from .losses import (
-    ALIASES,
+from .loss_names import (
     ALL_LOSSES,
     BASELINE,
     DEFAULT_TAUS,
     GAUSSIAN_IN_WORDS,
     MEMBERS_IN_WORDS,
+    NAMES_IN_WORDS,
     SMOOTHED,
-    TrainingLoss,
+    default_taus,
 )
-from .options import Distance, Folder, Names, Radii, Tau
+from .losses import TrainingLoss
+from .options import Distance, Folder, Losses, Radii, Tau
 from .page import PAGES, write_pages
 from .pictures import PICTURES, draw_pictures
 from .report import RESULTS, explanation, finding_lines, results_tables, write_results
@@ -100,12 +101,13 @@ _DEFAULT_TAUS: Final = "; ".join(
 @click.command("compare")
 @click.option(
     "--losses",
-    type=Names("loss", ALL_LOSSES, ALIASES),
+    type=Losses(),
     default="ce,uniform,non_target_logits",
     show_default=True,
-    help=f"What to train with, names with commas between. {BASELINE} is cross-entropy alone, {SMOOTHED} the same with "
-    f"labels smoothed by tau, {MEMBERS_IN_WORDS}, {GAUSSIAN_IN_WORDS}; each of "
-    f"{', '.join(DISTANCES)} is cross-entropy plus tau times the distance of that name; drsl is short for uniform.",
+    help=f"What to train with, of {', '.join(ALL_LOSSES)}, with commas between. {BASELINE} is cross-entropy "
+    f"alone, {SMOOTHED} the same with labels smoothed by tau, {MEMBERS_IN_WORDS}, {GAUSSIAN_IN_WORDS}; each of "
+    f"{', '.join(DISTANCES)} is cross-entropy plus tau times the distance of that name; {NAMES_IN_WORDS}; drsl is "
+    "short for uniform.",
 )
 @click.option(
     "--tau",
@@ -291,7 +293,7 @@ def _detection(comparison: Comparison) -> list[Table | str]:
 
 def _contestants(names: tuple[str, ...], taus: tuple[tuple[TrainingLoss, ...], ...]) -> list[TrainingLoss]:
     """The losses in the order of their names, each with the taus given for it or else its own."""
-    chosen = {name: [TrainingLoss(name, tau) for tau in DEFAULT_TAUS[name]] for name in names}
+    chosen = {name: [TrainingLoss(name, tau) for tau in default_taus(name)] for name in names}
     for losses in taus:
         name = losses[0].name
         if name not in names:

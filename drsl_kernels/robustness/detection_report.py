@@ -11,7 +11,8 @@ from typing import Any, Final
 
 from .detection import MOST_IMAGES, WEIGHTS
 from .experiment import Comparison
-from .losses import GAUSSIAN, TrainingLoss
+from .loss_names import GAUSSIAN
+from .losses import TrainingLoss
 from .mean_std import MeanStd
 
 __all__ = ["DetectionMeans", "detection_means", "detection_rows", "detection_words"]

@@ -26,7 +26,8 @@ from .detection import ATTACKS, Detection
 from .detection_run import DETECTED, Detector
 from .identity import digest_of_file, digest_of_tensors, environment, plain
 from .judging import JUDGED, Judging, RunResult, judge, load_result, save_result
-from .losses import BASELINE, TrainingLoss
+from .loss_names import BASELINE
+from .losses import TrainingLoss
 from .masking import Check
 from .models import make_model
 from .progress import Epochs, Progress
@@ -184,7 +185,8 @@ def compare(
 
 def run_folder(folder: Path, loss: TrainingLoss, seed: int) -> Path:
     """The folder of a run."""
-    return folder / "runs" / f"{loss.name}-tau{loss.tau_text()}-seed{seed}"
+    name = loss.name.replace(":", "-q")
+    return folder / "runs" / f"{name}-tau{loss.tau_text()}-seed{seed}"
 
 
 @dataclass

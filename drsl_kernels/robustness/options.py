@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import click
 
 from .attack_names import canonical_names
-from .losses import ALIASES, TrainingLoss
+from .loss_names import canonical_loss
+from .losses import TrainingLoss
 
-__all__ = ["Attacks", "Decorator", "Distance", "Folder", "Names", "Radii", "Tau", "check_radius"]
+__all__ = ["Attacks", "Decorator", "Distance", "Folder", "Loss", "Losses", "Names", "Radii", "Tau", "check_radius"]
 
 # A click that knows the type of a parameter's value is newer than the oldest that is supported.
 if TYPE_CHECKING:
@@ -58,6 +59,30 @@ class Names(_ParamType):
             if name not in self.known:
                 self.fail(f"unknown {self.what} {name!r}; choose from {', '.join(self.known)}", param, ctx)
         return names
+
+
+class Loss(_ParamType):
+    """The name of a loss to train with, in its shortest form."""
+
+    name = "loss"
+
+    def convert(self, value: Any, param: _Parameter, ctx: _Context) -> str:
+        try:
+            return canonical_loss(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Losses(Loss):
+    """Names of losses with commas between, as a tuple without repetitions."""
+
+    name = "losses"
+
+    def convert(self, value: Any, param: _Parameter, ctx: _Context) -> Any:
+        if isinstance(value, tuple):
+            return value
+        names = (super(Losses, self).convert(part.strip(), param, ctx) for part in value.split(","))
+        return tuple(dict.fromkeys(names))
 
 
 class Radii(_ParamType):
@@ -136,6 +161,6 @@ class Tau(_ParamType):
         except ValueError:
             self.fail(f"{numbers!r} must be a number, or several with commas between", param, ctx)
         try:
-            return tuple(TrainingLoss(ALIASES.get(name, name), tau) for tau in taus)
+            return tuple(TrainingLoss(name, tau) for tau in taus)
         except ValueError as error:
             self.fail(str(error), param, ctx)

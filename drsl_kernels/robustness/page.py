@@ -20,7 +20,8 @@ from .identity import environment
 from .inside_pictures import attack_correlation, telling_radius
 from .insight import PLANE_IMAGES
 from .judging import LISTED
-from .losses import BASELINE, TrainingLoss
+from .loss_names import BASELINE
+from .losses import TrainingLoss
 from .mean_std import MeanStd
 from .page_parts import STYLE, html_figure, html_list, html_table, markdown_table
 from .pictures import PICTURES

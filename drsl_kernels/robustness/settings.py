@@ -12,7 +12,8 @@ from typing import Any, Final
 
 from .attack_objects import REACH
 from .balls import Norm
-from .losses import DEFAULT_TAUS, UNSMOOTHED, TrainingLoss
+from .loss_names import default_taus
+from .losses import TrainingLoss
 from .recipe import Adversarial, Method, Recipe
 
 __all__ = ["TrainingSettings", "default_attack", "default_settings", "default_tau", "differences"]
@@ -49,7 +50,7 @@ class TrainingSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value!r}")
-        if self.recipe.label_smoothing and self.loss.name in UNSMOOTHED:
+        if self.recipe.label_smoothing and not self.loss.parts.takes_smoothing:
             raise ValueError(f"label_smoothing must be 0 with loss {self.loss}, got {self.recipe.label_smoothing!r}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed!r}")
@@ -140,5 +141,5 @@ def default_attack(dataset: str, method: Method, norm: Norm = "linf") -> Adversa
 
 
 def default_tau(name: str) -> float:
-    """The weight of a loss's distance that did best on held-out images; see `losses.DEFAULT_TAUS`."""
-    return DEFAULT_TAUS[name][-1]
+    """The weight of a loss's distance that did best on held-out images; see `loss_names.DEFAULT_TAUS`."""
+    return default_taus(name)[-1]

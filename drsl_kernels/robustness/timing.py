@@ -13,7 +13,8 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from .losses import BASELINE, TrainingLoss
+from .loss_names import BASELINE
+from .losses import TrainingLoss
 from .train import Recipe, make_optimizer, train_epoch
 
 __all__ = ["ROUNDS", "EpochTime", "Timed", "plan_timing", "time_epochs"]

@@ -19,8 +19,17 @@ from .balls import NORMS
 from .command_parts import check_device, fix_cublas, keep_freed_memory, refuse_file
 from .distributed import joined_world
 from .engine import BEST, Outcome, read_settings, run
-from .losses import ALIASES, ALL_LOSSES, BASELINE, GAUSSIAN, GAUSSIAN_IN_WORDS, MEMBERS_IN_WORDS, SMOOTHED, TrainingLoss
-from .options import Distance, Folder, check_radius
+from .loss_names import (
+    ALL_LOSSES,
+    BASELINE,
+    GAUSSIAN,
+    GAUSSIAN_IN_WORDS,
+    MEMBERS_IN_WORDS,
+    NAMES_IN_WORDS,
+    SMOOTHED,
+)
+from .losses import TrainingLoss
+from .options import Distance, Folder, Loss, check_radius
 from .recipe import AUGMENTATIONS, CRAFT_MODES, INNER_LOSSES, OPTIMIZERS, SCHEDULES
 from .settings import TrainingSettings, default_tau
 from .training_folder import LOCK
@@ -79,10 +88,10 @@ class _Milestones(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 @click.option(
     "--loss",
     "loss_name",
-    type=click.Choice((*ALL_LOSSES, *ALIASES)),
-    help=f"{BASELINE} is cross-entropy alone, {SMOOTHED} the same with labels smoothed by tau, {MEMBERS_IN_WORDS}, "
-    f"{GAUSSIAN_IN_WORDS}; any other is cross-entropy plus tau times the distance of that name; drsl is short for "
-    "uniform.  "
+    type=Loss(),
+    help=f"One of {', '.join(ALL_LOSSES)}. {BASELINE} is cross-entropy alone, {SMOOTHED} the same with labels smoothed "
+    f"by tau, {MEMBERS_IN_WORDS}, {GAUSSIAN_IN_WORDS}; any other is cross-entropy plus tau times the distance of that "
+    f"name; {NAMES_IN_WORDS}; drsl is short for uniform.  "
     f"[default: {BASELINE}]",
 )
 @click.option(
@@ -246,7 +255,6 @@ def _method(settings: TrainingSettings) -> str | None:
 
 def _loss(begun: TrainingLoss, given: dict[str, Any]) -> TrainingLoss:
     name = given.get("loss_name", begun.name)
-    name = ALIASES.get(name, name)
     return TrainingLoss(name, given.get("tau", begun.tau if name == begun.name else default_tau(name)))
 
 

@@ -26,7 +26,8 @@ from ..command_parts import (
     prepare_folder,
 )
 from ..distributed import joined_world
-from ..losses import ALIASES, TrainingLoss
+from ..loss_names import ALIASES
+from ..losses import TrainingLoss
 from ..options import Decorator, Folder, Names, Radii, Tau
 from .corpus import PARTS
 from .embedding_attack import EMBEDDING_LOSSES

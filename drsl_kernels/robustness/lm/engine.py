@@ -28,7 +28,7 @@ from ..storage import clear_unfinished
 from ..training_logs import write_metrics
 from .corpus import Corpus, drawn_windows, windows
 from .model import GPT
-from .run_folder import BEST, LAST, METRICS, SETTINGS, begin, obstacle, read_last
+from .run_folder import BEST, LAST, METRICS, REMEDY, SETTINGS, begin, obstacle, read_last
 from .scoring import Score, token_losses
 from .settings import LanguageSettings
 from .sharding import Placement
@@ -268,9 +268,16 @@ class _Training:
         self.written = monotonic()
 
     def load(self, content: dict[str, Any]) -> None:
-        """Stand where the run stood when it wrote this checkpoint."""
-        state = content["state"]
-        self.placement.load(self.model, self.optimizer, {"model": content["model"], "optimizer": state["optimizer"]})
+        """Stand where the run stood when it wrote this checkpoint. ValueError where that does not tell."""
+        try:
+            self._take(content["model"], content["state"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            what = f"{self.folder / LAST} holds no state that this training could go on from"
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{what}, {type(error).__name__}: {reason}: {REMEDY}") from error
+
+    def _take(self, model: dict[str, Any], state: dict[str, Any]) -> None:
+        self.placement.load(self.model, self.optimizer, {"model": model, "optimizer": state["optimizer"]})
         self.step, self.best, self.seen, self.seconds = (state[name] for name in ("step", "best", "seen", "seconds"))
         self.rows = [StepRow(**row) for row in state["rows"]]
 

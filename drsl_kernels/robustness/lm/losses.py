@@ -13,7 +13,8 @@ from torch import Tensor
 from drsl_kernels import fused_linear_softmax_loss
 from drsl_kernels.spec import DISTANCES
 
-from ..losses import ALIASES, BASELINE, LOSS_NAMES, SIGSOFTMAX, SMOOTHED, TrainingLoss
+from ..loss_names import ALIASES, BASELINE, LOSS_NAMES, SIGSOFTMAX, SMOOTHED
+from ..losses import TrainingLoss
 
 __all__ = ["DEFAULT_TAUS", "LANGUAGE_LOSSES", "MIXTURES", "HeadName", "LanguageLoss", "linear_head_loss"]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..identity import environment
-from ..losses import BASELINE
+from ..loss_names import BASELINE
 from ..mean_std import MeanStd
 from ..storage import write_atomically, write_json
 from .experiment import LanguageComparison

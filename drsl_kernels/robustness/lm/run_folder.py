@@ -28,6 +28,7 @@ __all__ = [
     "COMMAND",
     "LAST",
     "METRICS",
+    "REMEDY",
     "SETTINGS",
     "begin",
     "load_language_model",
@@ -38,7 +39,7 @@ __all__ = [
 
 COMMAND: Final = "drsl lm"
 _KEYS: Final = ("settings", "processes", "text", "tokens")
-_REMEDY: Final = "train anew (--fresh), or choose another folder"
+REMEDY: Final = "train anew (--fresh), or choose another folder"
 
 
 def begin(folder: Path, settings: LanguageSettings, corpus: Corpus, world: World) -> None:
@@ -78,10 +79,10 @@ def read_last(folder: Path) -> dict[str, Any]:
     try:
         content = load_checkpoint(folder / LAST, command=COMMAND)
     except ValueError as error:
-        raise ValueError(f"{error}: {_REMEDY}") from error
+        raise ValueError(f"{error}: {REMEDY}") from error
     state = content.get("state")
     if not isinstance(state, dict) or not isinstance(state.get("rows"), list):
-        raise ValueError(f"{folder / LAST} holds a model but no state that training could go on from: {_REMEDY}")
+        raise ValueError(f"{folder / LAST} holds a model but no state that training could go on from: {REMEDY}")
     return content
 
 
@@ -118,4 +119,4 @@ def _content(folder: Path) -> tuple[dict[str, Any], LanguageSettings]:
         return content, LanguageSettings.from_json(content["settings"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         what = f"{path} does not hold the settings of a run of {COMMAND}"
-        raise ValueError(f"{what}: {_REMEDY}") from error
+        raise ValueError(f"{what}: {REMEDY}") from error
