@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from torch import Tensor
 
 from drsl_kernels import gce_loss, isce_loss, softmax_loss
-from drsl_kernels.robustness import Recipe, TrainingLoss
+from drsl_kernels.robustness import Recipe, TrainingLoss, compare_command
 from drsl_kernels.robustness.attack_losses import per_sample
 from drsl_kernels.robustness.commands import drsl
 from drsl_kernels.robustness.loss_names import ALL_LOSSES, DEFAULT_TAUS, LossName, canonical_loss, default_taus
@@ -95,7 +95,9 @@ def test_truncation_begins_with_the_same_exponent() -> None:
     assert TrainingLoss("truncated_gce:0.3", 0.5).at(0, 9) == TrainingLoss("gce:0.3")
 
 
-def test_exponents_and_distances_from_the_command_line(tmp_path: Path) -> None:
+def test_exponents_and_distances_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for drawing in ("draw_pictures", "write_pages"):
+        monkeypatch.setattr(compare_command, drawing, lambda *_: None)
     options = ["--epochs", "1", "--samples", "20", "--eps", "0.1", "--steps", "1", "--restarts", "1", "--seeds", "1"]
     options += ["--losses", "gce:0.30,gce+kl", "--tau", "gce+kl=1", "--check-images", "0", "--out", str(tmp_path)]
     result = CliRunner().invoke(drsl, ["compare", *options])
