@@ -7,7 +7,6 @@ import json
 import os
 import re
 import runpy
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,13 +16,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from drsl_kernels.robustness import compare_command, engine, experiment
+from drsl_kernels.robustness import compare_command
 from drsl_kernels.robustness.cli import main
 from drsl_kernels.robustness.command_parts import prepare_folder
 from drsl_kernels.robustness.commands import drsl
-from drsl_kernels.robustness.judging import Judging, load_result
+from drsl_kernels.robustness.judging import Judging
 from drsl_kernels.robustness.loss_names import ALL_LOSSES
-from drsl_kernels.robustness.losses import TrainingLoss
 from drsl_kernels.robustness.page import PAGES
 from drsl_kernels.robustness.pictures import PICTURES
 
@@ -42,14 +40,6 @@ RUNS = ["ce-tau0-seed0", "non_target_logits-tau0.3-seed0"]
 FILES = ["best.pt", "checks.json", "judged.json", "last.pt", "metrics.csv", "settings.json"]
 
 
-def judged(folder: Path, run: str = RUNS[0]) -> dict[str, Any]:
-    """What judging left, but for the seconds."""
-    content: dict[str, Any] = json.loads((folder / "runs" / run / "judged.json").read_text())
-    for row in content["result"]["epochs"]:
-        del row["seconds"]
-    return content
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("compare") / "new" / "folder"
@@ -63,21 +53,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 class TestCompare:
     """A tiny comparison from the command line, and what it leaves behind."""
-
-    @pytest.fixture
-    def no_pictures(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Drawing takes most of the time of a tiny comparison."""
-        monkeypatch.setattr(compare_command, "draw_pictures", lambda *_: None)
-        monkeypatch.setattr(compare_command, "write_pages", lambda *_: None)
-
-    @pytest.fixture
-    def copy(self, finished: tuple[Path, str], tmp_path: Path) -> Path:
-        shutil.copytree(finished[0] / "runs", tmp_path / "runs")
-        return tmp_path
-
-    @pytest.fixture
-    def no_training(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(engine, "train_epoch", None)
 
     def test_files(self, finished: tuple[Path, str]) -> None:
         folder, _ = finished
@@ -135,153 +110,6 @@ class TestCompare:
         assert float(lines[0]["accuracy"]) == runs[0]["clean_accuracy"]
         assert float(lines[4]["accuracy"]) == runs[1]["robust_accuracy"][0]["accuracy"]
         assert all(int(line["correct"]) == 40 * float(line["accuracy"]) for line in lines)
-
-    @pytest.mark.usefixtures("no_pictures", "no_training")
-    def test_second_run_uses_the_first(self, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in ("judge", "check_model"):
-            monkeypatch.setattr(experiment, name, None)
-        result = drsl_compare(*TINY, "--out", str(copy))
-        assert result.exit_code == 0, result.output
-        assert "used again: 2 of 2 runs" in " ".join(result.output.split())
-
-    @pytest.mark.usefixtures("no_pictures")
-    def test_same_numbers_afresh(self, finished: tuple[Path, str], copy: Path) -> None:
-        result = drsl_compare(*TINY, "--out", str(copy), "--fresh")
-        assert result.exit_code == 0, result.output
-        assert "used again" not in result.output
-        assert (copy / "results.csv").read_bytes() == (finished[0] / "results.csv").read_bytes()
-        for run in RUNS:
-            assert judged(copy, run) == judged(finished[0], run)
-            checks = [(folder / "runs" / run / "checks.json").read_bytes() for folder in (copy, finished[0])]
-            assert checks[0] == checks[1]
-
-    @pytest.mark.usefixtures("no_pictures", "no_training")
-    @pytest.mark.parametrize(
-        "options",
-        [
-            ["--restarts", "2"],
-            ["--steps", "1"],
-            ["--eps", "0.05"],
-            ["--test-images", "30"],
-            ["--held-out", "validation"],
-            ["--attacks", "pgd:margin,pgd:ce"],
-        ],
-    )
-    def test_other_attacks_on_the_same_weights(self, copy: Path, options: list[str]) -> None:
-        result = drsl_compare(*TINY, *options, "--losses", "ce", "--out", str(copy))
-        assert result.exit_code == 0, result.output
-        assert "used again" not in result.output
-
-    @pytest.mark.usefixtures("no_pictures")
-    @pytest.mark.parametrize(
-        ("options", "said"),
-        [
-            (["--epochs", "1"], "recipe.epochs was 2 and is now 1"),
-            (["--train-images", "41"], "samples was 40 and is now 41"),
-            (["--lr", "0.01"], "recipe.learning_rate was 0.002 and is now 0.01"),
-            (["--batch-size", "20"], "recipe.batch_size was 128 and is now 20"),
-            (["--label-noise", "0.5"], "recipe.label_noise was 0.0 and is now 0.5"),
-            (["--model", "mlp"], "model was 'small_cnn' and is now 'mlp'"),
-            (["--adversarial", "madry", "--train-steps", "1"], "recipe.adversarial was None and is now {"),
-        ],
-    )
-    def test_other_training_is_made_anew_and_says_so(self, copy: Path, options: list[str], said: str) -> None:
-        before = judged(copy)["identity"]["weights"]
-        result = drsl_compare(*TINY, *options, "--losses", "ce", "--out", str(copy))
-        assert result.exit_code == 0, result.output
-        assert "used again" not in result.output
-        assert f"was made with other settings and is made anew: {said}" in result.output
-        assert judged(copy)["identity"]["weights"] != before
-        assert (copy / "runs" / RUNS[1] / "judged.json").exists()
-
-    @pytest.mark.usefixtures("no_pictures")
-    def test_other_seeds_have_folders_of_their_own(self, copy: Path) -> None:
-        result = drsl_compare(*TINY, "--seed", "1", "--losses", "ce", "--out", str(copy))
-        assert result.exit_code == 0, result.output
-        assert sorted(os.listdir(copy / "runs")) == [RUNS[0], "ce-tau0-seed1", RUNS[1]]
-
-    @pytest.mark.usefixtures("no_pictures")
-    def test_what_is_cut_off_is_not_trusted(self, finished: tuple[Path, str], copy: Path) -> None:
-        for run in RUNS:
-            path = copy / "runs" / run / "judged.json"
-            path.write_text(path.read_text()[:1000])
-        (copy / "runs" / RUNS[0] / ".unfinished-1-judged.json").write_text("{}")
-        result = drsl_compare(*TINY, "--out", str(copy))
-        assert result.exit_code == 0, result.output
-        assert "used again" not in result.output
-        assert [judged(copy, run) for run in RUNS] == [judged(finished[0], run) for run in RUNS]
-        assert [sorted(os.listdir(copy / "runs" / run)) for run in RUNS] == [FILES, FILES]
-
-    @pytest.mark.parametrize("judged_before", [True, False])
-    def test_damaged_weights_tell_the_way_out(self, copy: Path, judged_before: bool) -> None:
-        folder = copy / "runs" / RUNS[0]
-        content = bytearray((folder / "best.pt").read_bytes())
-        content[len(content) // 2] ^= 1
-        (folder / "best.pt").write_bytes(content)
-        if not judged_before:
-            (folder / "judged.json").unlink()
-        result = drsl_compare(*TINY, "--out", str(copy))
-        assert result.exit_code == 1, result.output
-        flat = " ".join(result.output.replace("│", " ").split())
-        assert "best.pt is no checkpoint" in flat
-        assert "drsl compare: or with --fresh" in flat
-
-    @pytest.mark.parametrize(
-        "change",
-        [
-            None,
-            {},
-            {"robust_accuracy": []},
-            {"clean_accuracy": "x"},
-            {"images": 41},
-            {"epochs": [None, None]},
-            {"epochs": []},
-            {"best_epoch": 3},
-            {"fell": [[0, 0, 1]]},
-            {"second_largest_after": [0.1]},
-        ],
-    )
-    def test_malformed_results_are_not_trusted(self, copy: Path, change: Any) -> None:
-        path = copy / "runs" / RUNS[0] / "judged.json"
-        content = json.loads(path.read_text())
-        path.write_text(json.dumps(content | {"result": content["result"] | change if change else change}))
-        assert load_result(path, content["identity"]) is None
-        path.write_text(json.dumps(content))
-        assert load_result(path, content["identity"]) is not None
-
-    def test_nearly_equal_taus_have_folders_and_labels_of_their_own(self) -> None:
-        losses = [TrainingLoss("uniform", tau) for tau in (0.3, 0.30000001, 30.0)]
-        assert [str(loss) for loss in losses] == ["uniform tau=0.3", "uniform tau=0.30000001", "uniform tau=30"]
-        assert len({experiment.run_folder(Path(), loss, 0) for loss in losses}) == 3
-
-    def test_an_interrupted_comparison_keeps_what_is_finished(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        calls = []
-        judge = experiment.judge
-
-        def second_fails(*args: Any, **options: Any) -> Any:
-            calls.append(args)
-            if len(calls) == 2:
-                raise FloatingPointError("the model's logits are NaN")
-            return judge(*args, **options)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(experiment, "judge", second_fails)
-            result = drsl_compare(*TINY, "--out", str(tmp_path))
-        assert result.exit_code == 1
-        assert "Error: the model's logits are NaN" in result.output
-        assert os.listdir(tmp_path) == ["runs"]
-        assert (tmp_path / "runs" / RUNS[0] / "judged.json").exists()
-        assert not (tmp_path / "runs" / RUNS[1] / "judged.json").exists()
-
-    def test_a_folder_that_is_no_run(self, tmp_path: Path) -> None:
-        (tmp_path / "runs" / RUNS[0]).mkdir(parents=True)
-        (tmp_path / "runs" / RUNS[0] / "last.pt").write_bytes(b"someone's")
-        result = drsl_compare(*TINY, "--out", str(tmp_path))
-        assert result.exit_code == 1
-        assert "holds files of a training run, but no settings.json" in " ".join(result.output.split())
-        assert (tmp_path / "runs" / RUNS[0] / "last.pt").read_bytes() == b"someone's"
 
     def test_several_taus_and_seeds(self, tmp_path: Path) -> None:
         result = drsl_compare(*TINY, "--losses", "kl", "--tau", "kl=0.1,2", "--seeds", "2", "--out", str(tmp_path))
