@@ -139,11 +139,8 @@ def loss_spec(
         _check_name("distance", distance, DISTANCES)
     _check_name("reduction", reduction, REDUCTIONS)
     _check_name("activation", activation, ACTIVATIONS)
-    q, scale, margin = number("q", q), number("scale", scale), number("margin", margin)
+    q, scale, margin = check_q("q", q), number("scale", scale), number("margin", margin)
     label_smoothing = number("label_smoothing", label_smoothing)
-    # Below, q times a loss has no place in float32; q = 1e-30 is cross-entropy to the last digit.
-    if not 1e-30 <= q <= 1.0:
-        raise ValueError(f"q must be in [1e-30, 1], got {q!r}")
     # Comparisons, and not math.isfinite: torch.compile may trace with a symbol in place of a number.
     if not 0.0 < scale < math.inf:
         raise ValueError(f"scale must be positive and finite, got {scale!r}")
@@ -246,6 +243,15 @@ def number(argument: str, value: object) -> float:
         return float(value)
     except OverflowError:
         raise ValueError(f"{argument} must fit in a float, got {value!r}") from None
+
+
+def check_q(argument: str, value: object) -> float:
+    """`value` as a float, if it is an exponent of the generalized cross-entropy."""
+    q = number(argument, value)
+    # Below, q times a loss has no place in float32; q = 1e-30 is cross-entropy to the last digit.
+    if not 1e-30 <= q <= 1.0:
+        raise ValueError(f"{argument} must be in [1e-30, 1], got {q!r}")
+    return q
 
 
 def integer(argument: str, value: object) -> int:

@@ -324,6 +324,12 @@ class TestCascadeChecks:
         assert (check.outcome, check.eps, check.numbers["attack"]) == (expected, 0.1, "pgd:ce")
         assert last_attack(result([fell] + [STANDS] * 99), self.judging, 0).outcome == "passed"
 
+    def test_a_weak_last_attack_tells_nothing(self) -> None:
+        judging = replace(self.judging, attacks=("pgd:log_odds", "pgd:margin", "pgd:ce"))
+        check = last_attack(result([(0, 0, 1)] * 20 + [(0, 1, 1)] * 5 + [STANDS] * 75), judging, 0)
+        assert (check.outcome, check.numbers["after_the_first"]) == ("not run", 0.05)
+        assert "pgd:ce, the last attack with gradients, still broke 0.0 % of the images" in check.sentence
+
     @pytest.mark.parametrize("attacks", [("pgd:log_odds",), ("pgd:log_odds", "square"), ("pgd:log_odds", "fgsm:ce")])
     def test_one_attack_over_many_steps_tells_nothing(self, attacks: tuple[str, ...]) -> None:
         everything = result([(0, 0, 1), (0, 1, 1), STANDS])

@@ -134,7 +134,7 @@ def test_what_is_cut_off_is_not_trusted(finished: Path, copy: Path) -> None:
 
 
 @pytest.mark.parametrize("judged_before", [True, False])
-def test_damaged_weights_tell_the_way_out(copy: Path, judged_before: bool) -> None:
+def test_a_run_with_damaged_weights_is_made_anew(finished: Path, copy: Path, judged_before: bool) -> None:
     folder = copy / "runs" / RUNS[0]
     content = bytearray((folder / "best.pt").read_bytes())
     content[len(content) // 2] ^= 1
@@ -142,10 +142,20 @@ def test_damaged_weights_tell_the_way_out(copy: Path, judged_before: bool) -> No
     if not judged_before:
         (folder / "judged.json").unlink()
     result = drsl_compare(*TINY, "--out", str(copy))
-    assert result.exit_code == 1, result.output
-    flat = " ".join(result.output.replace("│", " ").split())
-    assert "best.pt is no checkpoint" in flat
-    assert "drsl compare: or with --fresh" in flat
+    assert result.exit_code == 0, result.output
+    flat = " ".join(result.output.split())
+    assert "has a damaged best.pt and is made anew. What was there is kept in" in flat
+    assert "used again: 1 of 2 runs" in flat
+    assert [judged(copy, run) for run in RUNS] == [judged(finished, run) for run in RUNS]
+
+
+def test_weights_of_another_run_are_not_judged(finished: Path, copy: Path) -> None:
+    shutil.copy(copy / "runs" / RUNS[1] / "best.pt", copy / "runs" / RUNS[0] / "best.pt")
+    result = drsl_compare(*TINY, "--out", str(copy))
+    assert result.exit_code == 0, result.output
+    said = "has the best.pt of another run (loss.name was 'non_target_logits' and is now 'ce'"
+    assert said in " ".join(result.output.split())
+    assert judged(copy) == judged(finished)
 
 
 @pytest.mark.parametrize(

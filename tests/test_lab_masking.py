@@ -310,12 +310,23 @@ class TestConvergence:
         first, second = outcome("pgd", [0, 1, 2, -1, -1]), outcome("apgd-t", [0, 1, -1, 3, -1])
         check = masking.attacks_agree([first, second])
         assert (check.outcome, check.eps) == ("warning", 0.1)
-        assert check.numbers == {"broken_by_one": 0.2, "attack": "pgd"}
+        assert check.numbers == {"broken_by_one": 0.4, "attack": "pgd"}
+        assert "40.0 % of all images are broken by a single one of the attacks with gradients" in check.sentence
         same = masking.attacks_agree([first, replace(first, attack="apgd-t")])
         assert (same.outcome, same.numbers["broken_by_one"]) == ("passed", 0)
+        alone = outcome("apgd-t", [0, 1, -1, -1, -1])
+        assert masking.attacks_agree([first, alone]).outcome == "passed"  # one sample is no sign
         # What a third broke as well is not broken by one alone.
         third = outcome("fab-t", [0, -1, 1, 1, -1])
         assert masking.attacks_agree([first, second, third]).outcome == "passed"
+
+    def test_outcomes_that_do_not_belong_together(self) -> None:
+        first = outcome("pgd", [0, 1, 2, -1, -1])
+        for check in (masking.attacks_agree, masking.restarts_saturate):
+            with pytest.raises(ValueError, match=r"outcomes must be at one eps, got 0\.1, 0\.2"):
+                check([first, outcome("apgd-t", [0, 1, 2, -1, -1], eps=0.2)])
+            with pytest.raises(ValueError, match="outcomes must be of the same images, got 4, 5 of them"):
+                check([first, outcome("apgd-t", [0, 1, 2, -1])])
 
     def test_other_kinds_do_not_count(self) -> None:
         first, second = outcome("pgd", [0, 1, 2, -1]), outcome("apgd-t", [0, 1, 2, -1])
@@ -326,11 +337,11 @@ class TestConvergence:
 
     def test_an_attack_that_sees_beside_one_that_is_blind(self, model: nn.Module, images: Images) -> None:
         """Hundredfold logits: cross-entropy in float32 is 0 on most images, and has no gradient there."""
-        attacks = [Attack(loss, steps=5, restarts=1) for loss in ("margin", "log_odds")]
+        attacks = [Attack(loss, steps=20, restarts=2) for loss in ("margin", "log_odds")]
         blind = Attack(lambda logits, y: F.cross_entropy(logits, y, reduction="none"), steps=5, restarts=1)
 
         def judge(*attacks: Attack) -> masking.Check:
-            found = attack_table(Scaled(model, 100), *images, epsilons=[0.1], attacks=attacks, generator=seeded())
+            found = attack_table(Scaled(model, 100), *images, epsilons=[0.05], attacks=attacks, generator=seeded())
             return masking.attacks_agree(found.outcomes)
 
         assert judge(*attacks).outcome == "passed"
@@ -361,3 +372,63 @@ def test_no_image_is_no_pass(name: str) -> None:
     checks = masking.checks_of_model(nn.Linear(4, 2), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
     with pytest.raises(ValueError, match="x must hold one image or more, got none"):
         checks[name]()
+
+
+class Broken(Scaled):
+    """One of its logits is NaN."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(x).clone()
+        logits[:, 3] = float("nan")
+        return logits
+
+
+CHECKS: dict[str, Any] = {
+    "gradients": masking.gradients_vanish,
+    "saturation": masking.softmax_saturates,
+    "randomness": lambda model, x, y, **options: masking.outputs_vary(model, x, **options),
+    "large eps": masking.falls_with_eps,
+    "steps": lambda model, x, y, **options: masking.rises_with_steps(model, x, y, 0.1, **options),
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_model_that_gives_nan_does_not_pass(model: nn.Module, images: Images, name: str) -> None:
+    with pytest.raises(FloatingPointError, match="NaN|not finite"):
+        CHECKS[name](Broken(model, 1), *images)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_bad_samples(model: nn.Module, images: Images, name: str) -> None:
+    x, y = images
+    with pytest.raises(ValueError, match="batch_size must be 1 or more, got 0"):
+        CHECKS[name](model, x, y, batch_size=0)
+    with pytest.raises(TypeError, match="batch_size must be an int, got '8'"):
+        CHECKS[name](model, x, y, batch_size="8")
+    with pytest.raises(ValueError, match="model must return logits of shape"):
+        CHECKS[name](lambda x: x.flatten(1)[:, :1], x, y)
+    if name != "randomness":
+        with pytest.raises(TypeError, match=r"y must hold class indices of dtype int64, got torch\.int32"):
+            CHECKS[name](model, x, y.int())
+        with pytest.raises(ValueError, match=r"y must have shape \(N,\) = \(100,\), got \(99,\)"):
+            CHECKS[name](model, x, y[1:])
+        with pytest.raises(IndexError, match=r"y holds label 12, outside \[0, C\) = \[0, 10\)"):
+            CHECKS[name](model, x, torch.full_like(y, 12))
+
+
+@pytest.mark.parametrize("steps", [(), (5,), (0, 5), (5, 1), (5, 5)])
+def test_bad_steps(model: nn.Module, images: Images, steps: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="steps must be two numbers or more, 1 or larger and ascending, got"):
+        masking.rises_with_steps(model, *images, 0.1, steps=steps)
+
+
+def test_steps_are_named(model: nn.Module, images: Images) -> None:
+    assert " in 2 steps and " in masking.rises_with_steps(model, *images, 0.1, steps=(2, 5)).sentence
+
+
+def test_what_a_table_does_not_hold() -> None:
+    found = table(outcome("pgd", [1, -1]))
+    with pytest.raises(ValueError, match=r"no outcome of attack 'pgd' at eps 0\.2; there are pgd at 0\.1"):
+        found.of("pgd", 0.2)
+    with pytest.raises(ValueError, match=r"eps must be one of the table's, 0\.1; got 0\.2"):
+        masking.black_box_beats_white_box(found, 0.2)

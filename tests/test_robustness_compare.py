@@ -131,6 +131,10 @@ class TestCompare:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
+            (
+                ["--tau", "uniform=1", "--tau", "ce+drsl=2"],
+                "uniform is given twice; several values look like uniform=0.1,1",
+            ),
             (["--losses", "hinge"], f"unknown loss 'hinge'; the losses are {', '.join(ALL_LOSSES)}"),
             (["--losses", ""], "unknown loss ''"),
             (["--attacks", "log_odds"], "unknown attack 'log_odds'; choose from fgsm, pgd"),

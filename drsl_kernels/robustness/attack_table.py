@@ -82,7 +82,12 @@ class AttackTable:
         return self.clean_correct.double().mean().item()
 
     def of(self, attack: str, eps: float) -> AttackOutcome:
-        return next(o for o in self.outcomes if (o.attack, o.eps) == (attack, eps))
+        """That of one attack at one radius. ValueError where there is none."""
+        for outcome in self.outcomes:
+            if (outcome.attack, outcome.eps) == (attack, eps):
+                return outcome
+        held = f"{', '.join(self.attacks)} at {', '.join(map(repr, self.epsilons))}"
+        raise ValueError(f"no outcome of attack {attack!r} at eps {eps!r}; there are {held}")
 
     def robust(self, eps: float, *, black_box: bool | None = None) -> Tensor:
         """bool (N,): survives every attack at every radius up to eps; only black-box attacks or only others, if said.

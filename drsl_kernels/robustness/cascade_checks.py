@@ -1,15 +1,15 @@
 """Masking checks that rest on a cascade of attacks alone: what the last, late starts and Square broke.
 
 In a cascade each image falls once, at the smallest radius and to the first attack that breaks it, and is not attacked
-again; what another attack would have done to it cannot be told, and is not guessed. Relies on `masking` and `judging`;
-`run_checks` relies on it.
+again; what another attack would have done to it cannot be told, and is not guessed. Relies on `masking_parts` and
+`judging`; `run_checks` relies on it.
 """
 
 from __future__ import annotations
 
 from .attack_kinds import AnyAttack
 from .judging import Judging, RunResult
-from .masking import (
+from .masking_parts import (
     FEW,
     Check,
     black_box_verdict,
@@ -41,7 +41,7 @@ def late_starts(result: RunResult, judging: Judging, radius: int) -> Check:
     first: only of the last attack with gradients it is certain that nothing else would have.
     """
     eps, name = judging.epsilons[radius], "restarts"
-    white = [(number, attack) for number, attack in enumerate(judging.made()) if not attack.black_box]
+    white = _with_gradients(judging)
     if not any(attack.restarts > 1 for _, attack in white):
         return Check(name, "not run", "no attack had more than one start: more than one is needed to tell", eps=eps)
     late = {number: _late(result, radius, number, attack) for number, attack in white}
@@ -60,17 +60,26 @@ def late_starts(result: RunResult, judging: Judging, radius: int) -> Check:
 def last_attack(result: RunResult, judging: Judging, radius: int) -> Check:
     """Whether the last attack with gradients still broke more than a few images on which the others had failed.
 
-    Single steps and waves are left out.
+    That it broke few says something only where those between it and the first broke few as well: else it may be the
+    weaker. Single steps and waves are left out.
     """
     eps = judging.epsilons[radius]
-    made = [(number, attack) for number, attack in enumerate(judging.made()) if not attack.black_box]
-    made = [(number, attack) for number, attack in made if goes_on(attack.name)]
+    made = [(number, attack) for number, attack in _with_gradients(judging) if goes_on(attack.name)]
     if len(made) < 2:
         return convergence_not_told(eps)
-    number, attack = made[-1]
-    share = sum(at == radius and by == number for at, by, _ in result.fell) / result.images
-    found = f"{attack.name}, the last attack with gradients, still broke {percent(share)} of the images"
-    return convergence_verdict(share, attack.name, found, eps)
+    broken = [sum(at == radius and by == number for at, by, _ in result.fell) for number, _ in made]
+    last, after_the_first = broken[-1] / result.images, sum(broken[1:]) / result.images
+    name = made[-1][1].name
+    found = f"{name}, the last attack with gradients, still broke {percent(last)} of the images"
+    numbers = {"broken_by_last": last, "after_the_first": after_the_first, "attack": name}
+    if last <= FEW < after_the_first:
+        means = f"all after the first {percent(after_the_first)}; whether it is the strongest drsl attack can tell"
+        return Check("convergence", "not run", f"{found}, {means}", numbers, eps)
+    return convergence_verdict(broken[-1], result.images, found, numbers, eps)
+
+
+def _with_gradients(judging: Judging) -> list[tuple[int, AnyAttack]]:
+    return [(number, attack) for number, attack in enumerate(judging.made()) if not attack.black_box]
 
 
 def _late(result: RunResult, radius: int, number: int, attack: AnyAttack) -> float:

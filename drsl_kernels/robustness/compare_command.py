@@ -294,8 +294,13 @@ def _detection(comparison: Comparison) -> list[Table | str]:
 def _contestants(names: tuple[str, ...], taus: tuple[tuple[TrainingLoss, ...], ...]) -> list[TrainingLoss]:
     """The losses in the order of their names, each with the taus given for it or else its own."""
     chosen = {name: [TrainingLoss(name, tau) for tau in default_taus(name)] for name in names}
+    given: set[str] = set()
     for losses in taus:
         name = losses[0].name
+        if name in given:
+            message = f"{name} is given twice; several values look like {name}=0.1,1"
+            raise click.BadParameter(message, param_hint="--tau")
+        given.add(name)
         if name not in names:
             raise click.BadParameter(f"{name!r} is not among --losses {','.join(names)}", param_hint="--tau")
         chosen[name] = list(losses)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
+
+from drsl_kernels.spec import integer
 
 from .attack_kinds import AnyAttack, UniversalAttack, check_attack, check_attacks, check_radii, loss_name
 from .attack_losses import margins_of
@@ -28,7 +29,9 @@ from .attacks import (
 )
 from .balls import lengths
 
-__all__ = ["Attack", "Search", "WorstCase", "second_largest_softmax", "worst_case"]
+__all__ = ["Attack", "Search", "WorstCase", "all_logits", "check_batch_size", "second_largest_softmax", "worst_case"]
+
+_NAN: Final = "the model's logits are NaN; look at its weights"
 
 # Rounding may carry a point so far out of its ball, in units of eps: a few bits of float32.
 _SLACK: Final = 1e-4
@@ -176,9 +179,23 @@ def second_largest_softmax(model: Model, x: Tensor, *, batch_size: int = 256) ->
 
     It is near 0 where the model is sure of one class, and at most 1/2, where two classes tie.
     """
-    return torch.cat(
-        [logits.softmax(1).topk(2, dim=1).values[:, 1] for logits in _batched_logits(model, x, batch_size)]
-    )
+    check_batch_size(batch_size)
+    return all_logits(model, x, batch_size, largest={}).softmax(1).topk(2, dim=1).values[:, 1]
+
+
+def check_batch_size(batch_size: int) -> int:
+    if integer("batch_size", batch_size) < 1:
+        raise ValueError(f"batch_size must be 1 or more, got {batch_size!r}")
+    return integer("batch_size", batch_size)
+
+
+def all_logits(model: Model, x: Tensor, batch_size: int, *, largest: dict[str, int]) -> Tensor:
+    """The logits of all samples, checked as by `checked_logits`, in evaluation mode and without a gradient."""
+    with evaluation_mode(model), torch.no_grad():
+        logits = torch.cat([checked_logits(model, part, largest=largest) for part in torch.split(x, batch_size)])
+    if logits.isnan().any():
+        raise FloatingPointError(_NAN)
+    return logits
 
 
 class Search:
@@ -193,12 +210,11 @@ class Search:
         batch_size: int,
         generator: torch.Generator | None,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be 1 or more, got {batch_size!r}")
+        batch_size = check_batch_size(batch_size)
         check_samples(x, y, bounds)
         if not len(y):
             raise ValueError("x must hold one sample or more, got none")
-        self.model, self.x, self.y = model, x, y
+        self.model, self.x, self.y = model, x.detach(), y
         self.bounds, self.batch_size, self.generator = bounds, batch_size, generator
         self.largest = {"y": largest_label(y)}
         self.points = x.detach().clone()
@@ -234,11 +250,9 @@ class Search:
         return chosen
 
     def _margins(self, x: Tensor, y: Tensor) -> Tensor:
-        look = partial(checked_logits, self.model, largest=self.largest)
-        with evaluation_mode(self.model):
-            margins = margins_of(torch.cat(_batched_logits(look, x, self.batch_size)), y)
-        if margins.isnan().any():
-            raise FloatingPointError("the model's logits are NaN; look at its weights")
+        margins = margins_of(all_logits(self.model, x, self.batch_size, largest=self.largest), y)
+        if margins.isnan().any():  # infinite logits
+            raise FloatingPointError(_NAN)
         return margins
 
     def _check_inside(self, found: Tensor, x: Tensor, attack: AnyAttack, eps: float) -> None:
@@ -250,8 +264,3 @@ class Search:
                 f"attack {attack.name} must stay within eps={eps!r} and bounds={self.bounds!r}, got a change of "
                 f"{farthest!r} and values from {found.min().item()} to {found.max().item()}"
             )
-
-
-def _batched_logits(model: Model, x: Tensor, batch_size: int) -> list[Tensor]:
-    with evaluation_mode(model), torch.no_grad():
-        return [model(part) for part in torch.split(x, batch_size)]

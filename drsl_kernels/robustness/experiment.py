@@ -44,7 +44,7 @@ from .run_checks import (
 from .settings import TrainingSettings, default_settings, differences
 from .storage import set_aside
 from .timing import EpochTime, Timed, plan_timing, time_epochs
-from .training_folder import ANEW
+from .training_folder import strange_best
 
 __all__ = ["Comparison", "Progress", "Settings", "compare", "run_folder"]
 
@@ -242,7 +242,10 @@ class _Run:
         different = differences(before.as_json(), self.training.as_json())
         if different:
             return f"was made with other settings and is made anew: {'; '.join(different)}"
-        return f"has lost {engine.BEST} and is made anew" if engine.has_lost_best(self.folder) else None
+        if engine.has_lost_best(self.folder):
+            return f"has lost {engine.BEST} and is made anew"
+        strange = strange_best(self.folder, self.training)
+        return None if strange is None else f"has {strange} and is made anew"
 
     def make_way(self, fresh: bool) -> None:
         """Set aside a run that cannot be used; remove any where another is wanted afresh."""
@@ -329,10 +332,7 @@ class _Run:
         return self._identity() | checks
 
     def _model(self) -> nn.Module:
-        try:
-            return load_model(self.folder / engine.BEST, device=self.training.device).model
-        except ValueError as error:
-            raise ValueError(f"{error}: {ANEW}") from error
+        return load_model(self.folder / engine.BEST, device=self.training.device).model
 
     def _identity(self) -> dict[str, Any]:
         """All that decides what judging finds, as JSON gives it back."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from drsl_kernels.spec import DISTANCES
+from drsl_kernels.spec import DISTANCES, check_q
 
 __all__ = [
     "ALIASES",
@@ -62,7 +62,6 @@ ALIASES: Final = {"drsl": "uniform"}  # what the paper's loss is known by
 _TAKES_TAU: Final = (SMOOTHED, TRUNCATED, MARGIN, GAUSSIAN)
 _TAKES_Q: Final = ("gce", TRUNCATED)
 _USUAL_Q: Final = 0.7
-_LEAST_Q: Final = 1e-30
 _TAKES_DISTANCE: Final = (BASELINE, *TRUTHS, SIGSOFTMAX)  # the others have a tau of their own
 
 NAMES_IN_WORDS: Final = (
@@ -134,11 +133,13 @@ class LossName(NamedTuple):
             truth, plus, distance = BASELINE, "+", truth
         base, colon, exponent = truth.partition(":")
         distance = ALIASES.get(distance, distance)
-        known = base in ALL_LOSSES and base not in DISTANCES
-        if not known or (plus and (distance not in DISTANCES or base not in _TAKES_DISTANCE)):
+        if base not in ALL_LOSSES or (plus and distance not in DISTANCES):
             raise _unknown(text)
+        if plus and base not in _TAKES_DISTANCE:
+            raise ValueError(f"{base} takes no distance, got {text!r}; {NAMES_IN_WORDS}")
         if colon and base not in _TAKES_Q:
-            raise _unknown(text)
+            tau = f" (what it takes is tau, as in {base} tau=0.5)" if base in _TAKES_TAU else ""
+            raise ValueError(f"{base} takes no exponent{tau}, got {text!r}; {NAMES_IN_WORDS}")
         return LossName(base, _exponent(exponent, text) if colon else None, distance or None)
 
     @property
@@ -174,9 +175,7 @@ def _exponent(text: str, name: str) -> float | None:
         q = float(text)
     except ValueError:
         raise ValueError(f"q of {name!r} must be a number, got {text!r}") from None
-    if not _LEAST_Q <= q <= 1:
-        raise ValueError(f"q of {name!r} must be in (0, 1] and at least {_LEAST_Q:g}, got {text!r}")
-    return None if q == _USUAL_Q else q
+    return None if check_q(f"q of {name!r}", q) == _USUAL_Q else q
 
 
 def short_number(value: float) -> str:

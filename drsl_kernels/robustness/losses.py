@@ -56,8 +56,8 @@ class TrainingLoss:
     `drsl_kernels.softmax_loss`, "truncated_gce" is "gce" with threshold tau from a third of the training on; "isce" is
     `drsl_kernels.isce_loss` with margin tau; "sigsoftmax" is cross-entropy with that activation; "gm" is
     `drsl_kernels.gaussian_mixture_loss` with likelihood tau, on the logits of a `drsl_kernels.GaussianMixtureHead`,
-    with a margin that grows from 0.1 to 0.3 in training. "gce:0.5" has another q, "gce+kl" adds tau times a distance
-    (see `LossName`); the name is kept in its shortest form.
+    with a margin that grows from 0.1 to 0.3 in training. "gce:0.5" and "truncated_gce:0.5" have another q; "gce+kl"
+    adds tau times a distance, to "gce", "mae", "log_odds" or "sigsoftmax". The name is kept in its shortest form.
 
     Raises:
         ValueError: an unknown name, tau not finite or negative, a tau of 1 or more for label smoothing, or a tau other

@@ -1,87 +1,67 @@
 """Is a robust accuracy to be believed? Checks for models that look robust because attacks cannot see.
 
 Each check is a function that returns a `Check`: an outcome, a sentence for the reader, and the numbers behind it. None
-of them proves a figure; each that warns is a reason to doubt it. Without a single image they raise ValueError. Relies
-on `evaluate` and `attack_table`; `attack_run`, `cascade_checks` and `run_checks` rely on it.
+of them proves a figure; each that warns is a reason to doubt it. Samples and labels that `pgd` does not take, or none,
+are errors, and so are logits that are NaN. Relies
+on `evaluate`, `attack_table` and `masking_parts`; `attack_run` and `run_checks` rely on it.
 
 Sources: Athalye et al., arXiv 1802.00420, section 3.1; Carlini et al., arXiv 1902.06705, sections 4 and 5.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from drsl_kernels import softmax_loss
+from drsl_kernels.spec import integer
 
 from .attack_losses import AttackLossName, margins_of
 from .attack_objects import REACH
 from .attack_table import AttackOutcome, AttackTable, run_attack
-from .attacks import Model, Norm, checked_logits, evaluation_mode, largest_label, pgd
-from .evaluate import Attack
+from .attacks import Model, Norm, check_samples, checked_logits, evaluation_mode, largest_label, pgd
+from .evaluate import Attack, all_logits, check_batch_size
+from .masking_parts import (
+    FEW,
+    Check,
+    Outcome,
+    black_box_verdict,
+    convergence_not_told,
+    convergence_verdict,
+    goes_on,
+    percent,
+)
 
 __all__ = [
-    "FEW",
     "Check",
     "Outcome",
     "attacks_agree",
     "black_box_beats_white_box",
-    "black_box_verdict",
     "checks_of_model",
-    "convergence_not_told",
-    "convergence_verdict",
     "falls_with_eps",
-    "goes_on",
     "gradients_vanish",
     "never_rises",
     "outputs_vary",
-    "percent",
     "restarts_saturate",
     "rises_with_steps",
     "softmax_saturates",
 ]
 
-Outcome: TypeAlias = Literal["passed", "warning", "not run"]
-
-# Shares above these are warnings.
-FEW: Final = 0.01  # of the samples: gradients that vanish, softmax values of 1, what late restarts still break
-_BLACK_BOX_GAIN: Final = 0.002  # AutoAttack's own check of Square; one sample alone is not enough
-_LEFT: Final = 0.01  # what stands although the ball holds an image on which the model is wrong
+# A larger share than this that stands, although the ball holds an image on which the model is wrong, is a warning.
+_LEFT: Final = 0.01
 
 _LOSSES_THAT_SEE: Final[tuple[AttackLossName, ...]] = ("log_odds", "margin")  # where the softmax is saturated, too
 
 _SHARE_OF_RISE: Final = 0.05  # how much less than one step many steps may gain, relative to the gain of one
 
-# Attacks, by the beginning of their names, that go as far as they may and overshoot, and do so honestly.
-_AT_ONCE: Final = ("fgsm", "fourier")
-
 # AutoAttack's own check of randomized models: how far apart logits of unit length may be, in two passes.
 _VARIATION: Final = 1e-4
-
-
-@dataclass(frozen=True)
-class Check:
-    """What one check found.
-
-    Attributes:
-        name: of the check, in words.
-        outcome: "passed", "warning" or "not run".
-        sentence: what was found, and on a warning what it means for the figures.
-        numbers: what the sentence rests on; shares are fractions of the samples.
-        eps: the radius that it is about; None if it is about the model.
-    """
-
-    name: str
-    outcome: Outcome
-    sentence: str
-    numbers: dict[str, Any] = field(default_factory=dict)
-    eps: float | None = None
 
 
 def checks_of_model(
@@ -128,7 +108,7 @@ def gradients_vanish(model: Model, x: Tensor, y: Tensor, *, batch_size: int = 25
 
 def softmax_saturates(model: Model, x: Tensor, y: Tensor, *, batch_size: int = 256) -> Check:
     """The share of samples whose softmax is exactly 1 for the label, in float32: their loss is 0, and says nothing."""
-    logits = _all_logits(model, x, batch_size).float()
+    logits = _logits_of(model, x, y, batch_size).float()
     share = (logits.softmax(1).gather(1, y.unsqueeze(1)) == 1).double().mean().item()
     median = margins_of(logits, y).median().item()
     numbers = {"saturated": share, "median_margin": median, "samples": len(y)}
@@ -141,7 +121,8 @@ def softmax_saturates(model: Model, x: Tensor, y: Tensor, *, batch_size: int = 2
 
 def outputs_vary(model: Model, x: Tensor, *, batch_size: int = 256) -> Check:
     """Whether two passes over the same samples, in evaluation mode, give different logits."""
-    first, second = (F.normalize(_all_logits(model, x, batch_size).double(), dim=1) for _ in range(2))
+    classes = torch.zeros(len(x), dtype=torch.int64, device=x.device)  # any will do
+    first, second = (F.normalize(_logits_of(model, x, classes, batch_size).double(), dim=1) for _ in range(2))
     difference = torch.linalg.vector_norm(first - second, dim=1).max().item()
     numbers = {"difference": difference, "samples": len(x)}
     if difference > _VARIATION:
@@ -153,6 +134,8 @@ def outputs_vary(model: Model, x: Tensor, *, batch_size: int = 256) -> Check:
 def black_box_beats_white_box(table: AttackTable, eps: float) -> Check:
     """Whether Square or a transferred attack breaks samples that no attack with gradients broke."""
     name = "black box"
+    if eps not in table.epsilons:
+        raise ValueError(f"eps must be one of the table's, {', '.join(map(repr, table.epsilons))}; got {eps!r}")
     kinds = {outcome.black_box for outcome in table.outcomes}
     if kinds != {True, False}:
         missing = "Square and no transfer attack" if True not in kinds else "attack that uses gradients"
@@ -167,54 +150,25 @@ def black_box_beats_white_box(table: AttackTable, eps: float) -> Check:
     return black_box_verdict(more, len(white), numbers, eps)
 
 
-def black_box_verdict(more: int, images: int, numbers: dict[str, Any], eps: float) -> Check:
-    """What it means that attacks without gradients alone broke so `more` of the images."""
-    name, share = "black box", more / images
-    found = (
-        f"attacks without gradients break {percent(share)} of all images after attacks with gradients failed on them"
-    )
-    if more > 1 and share > _BLACK_BOX_GAIN:
-        means = "attacks with gradients should win: the gradients mislead, and the true figure may be lower still"
-        return Check(name, "warning", f"{found}; {means}", numbers, eps)
-    return Check(name, "passed", found, numbers, eps)
-
-
 def attacks_agree(outcomes: Sequence[AttackOutcome]) -> Check:
-    """Whether, of several attacks with gradients at one radius, a single one broke more than a few samples that none of
+    """Whether, of several attacks with gradients at one radius, single ones broke more than a few samples that none of
     the others broke.
 
-    Where it did, nothing says that a further attack would not do the same, and the worst case is too high. Single steps
-    and waves are left out.
+    Where they did, the others are blind, or a further attack would break more, and the worst case is too high. Single
+    steps and waves are left out.
     """
     outcomes = [outcome for outcome in outcomes if goes_on(outcome.attack) and not outcome.black_box]
-    eps = outcomes[0].eps if outcomes else None
+    eps = _one_radius(outcomes)
     if len(outcomes) < 2:
         return convergence_not_told(eps)
     fell = torch.stack([outcome.fell > 0 for outcome in outcomes])
-    alone = (fell & (fell.sum(0) == 1)).double().mean(1)
-    most = int(alone.argmax())
-    name = outcomes[most].attack
-    found = f"{name} breaks {percent(alone[most].item())} of the images that no other attack with gradients breaks"
-    return convergence_verdict(alone[most].item(), name, found, eps)
-
-
-def convergence_verdict(share: float, attack: str, found: str, eps: float | None) -> Check:
-    """What it means that one attack with gradients broke such a share of the images where others had failed."""
-    name, numbers = "convergence", {"broken_by_one": share, "attack": attack}
-    if share > FEW:
-        means = "stronger attacks would break more: raise steps, targets and restarts, or add attacks"
-        return Check(name, "warning", f"{found}; {means}", numbers, eps)
-    return Check(name, "passed", found, numbers, eps)
-
-
-def convergence_not_told(eps: float | None) -> Check:
-    found = "there are not two attacks that follow gradients over many steps: one alone tells nothing"
-    return Check("convergence", "not run", found, eps=eps)
-
-
-def goes_on(attack: str) -> bool:
-    """Whether an attack of this name goes on searching, rather than to go as far as it may at once."""
-    return not attack.startswith(_AT_ONCE)
+    alone = (fell & (fell.sum(0) == 1)).sum(1)
+    more, images, attack = int(alone.sum()), fell.shape[1], outcomes[int(alone.argmax())].attack
+    share = more / images
+    found = f"{percent(share)} of all images are broken by a single one of the attacks with gradients"
+    if share:
+        found += f", most of them by {attack}"
+    return convergence_verdict(more, images, found, {"broken_by_one": share, "attack": attack}, eps)
 
 
 def falls_with_eps(
@@ -235,7 +189,7 @@ def falls_with_eps(
     and "chance" the share of the latter, surviving or not.
     """
     name = "large eps"
-    _check_images(x)
+    _check(x, y, batch_size)
     with evaluation_mode(model), torch.no_grad():
         grey = checked_logits(model, torch.full_like(x[:1], 0.5), largest={"y": largest_label(y)})
     right_at_grey = (margins_of(grey.expand(len(y), -1), y) > 0).cpu()
@@ -300,6 +254,10 @@ def rises_with_steps(
     says nothing about the points around it.
     """
     name = "steps"
+    steps = [integer(f"steps[{index}]", count) for index, count in enumerate(steps)]
+    if len(steps) < 2 or steps[0] < 1 or steps != sorted(set(steps)):
+        raise ValueError(f"steps must be two numbers or more, 1 or larger and ascending, got {steps!r}")
+    _check(x, y, batch_size)
     if eps == 0:
         return Check(name, "not run", "there is no step to take at eps 0", eps=eps)
     losses, accuracies = [], []
@@ -309,15 +267,16 @@ def rises_with_steps(
         accuracies.append(accuracy)
     numbers = {"steps": [0, *steps], "mean_log_odds": losses, "accuracy": accuracies, "samples": len(y)}
     clean, one, many = losses[0], losses[1], losses[-1]
-    found = f"the mean log-odds of an error go from {clean:.3g} to {one:.3g} in 1 step and {many:.3g} in {steps[-1]}"
+    few = "1 step" if steps[0] == 1 else f"{steps[0]} steps"
+    found = f"the mean log-odds of an error go from {clean:.3g} to {one:.3g} in {few} and {many:.3g} in {steps[-1]}"
     if many <= clean:
         return Check(name, "warning", f"{found}; steps along the gradient gain nothing", numbers, eps)
-    means = f"{steps[-1]} steps must not do worse than one: the gradients mislead"
+    means = f"{steps[-1]} steps must not do worse than {steps[0]}: the gradients mislead"
     if many < one - _SHARE_OF_RISE * abs(one - clean):
         return Check(name, "warning", f"{found}; {means}", numbers, eps)
     # One image more that is right is chance, however few there are.
     if accuracies[-1] > accuracies[1] + max(FEW, 1.5 / max(1, len(y))):
-        rates = f"{100 * accuracies[1]:.1f} % are right after 1 step and {100 * accuracies[-1]:.1f} % after {steps[-1]}"
+        rates = f"{percent(accuracies[1])} are right after {few} and {percent(accuracies[-1])} after {steps[-1]}"
         return Check(name, "warning", f"{rates}; {means}", numbers, eps)
     return Check(name, "passed", found, numbers, eps)
 
@@ -329,7 +288,7 @@ def restarts_saturate(outcomes: Sequence[AttackOutcome]) -> Check:
     Where it did, further starts would break more, and the worst case over these attacks is too high.
     """
     name = "restarts"
-    eps = outcomes[0].eps if outcomes else None
+    eps = _one_radius(outcomes)
     if not any(outcome.restarts > 1 for outcome in outcomes):
         return Check(name, "not run", "no attack had more than one start: more than one is needed to tell", eps=eps)
     fell_early, fell = torch.zeros_like(outcomes[0].robust), torch.zeros_like(outcomes[0].robust)
@@ -362,7 +321,7 @@ def _after_steps(
             random_start=False,
             keep="last",
         )
-        logits = _all_logits(model, points, batch_size)
+        logits = _logits_of(model, points, y[rows], batch_size)
         losses.append(_log_odds(logits, y[rows]))
         correct.append(margins_of(logits, y[rows]) > 0)
     return torch.cat(losses).double().mean().item(), torch.cat(correct).double().mean().item()
@@ -372,12 +331,15 @@ def _zero_gradients(
     model: Model, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor], batch_size: int
 ) -> float:
     """The share of samples for which no value of the gradient with respect to x differs from 0."""
-    _check_images(x)
+    _check(x, y, batch_size)
+    largest = {"y": largest_label(y)}
     zero = []
     with evaluation_mode(model), torch.inference_mode(False), torch.enable_grad():
         for points, labels in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
             inputs = points.detach().clone().requires_grad_()
-            losses = loss(model(inputs), labels.clone())
+            losses = loss(checked_logits(model, inputs, largest=largest), labels.clone())
+            if losses.isnan().any():
+                raise FloatingPointError("the model's logits are NaN; look at its weights")
             gradient = None
             if losses.requires_grad:
                 (gradient,) = torch.autograd.grad(losses.sum(), inputs, allow_unused=True)
@@ -394,16 +356,23 @@ def _log_odds(logits: Tensor, y: Tensor) -> Tensor:
     return softmax_loss(logits, y, truth="log_odds", reduction="none")
 
 
-def _all_logits(model: Model, x: Tensor, batch_size: int) -> Tensor:
-    _check_images(x)
-    with evaluation_mode(model), torch.no_grad():
-        return torch.cat([model(part) for part in torch.split(x, batch_size)])
+def _logits_of(model: Model, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
+    _check(x, y, batch_size)
+    return all_logits(model, x, batch_size, largest={"y": largest_label(y)})
 
 
-def _check_images(x: Tensor) -> None:
+def _check(x: Tensor, y: Tensor, batch_size: int) -> None:
+    check_batch_size(batch_size)
+    check_samples(x, y, (-math.inf, math.inf))
     if not len(x):
         raise ValueError("x must hold one image or more, got none: there is nothing to check")
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+def _one_radius(outcomes: Sequence[AttackOutcome]) -> float | None:
+    """The radius of all outcomes, None where there are none."""
+    radii, counts = {outcome.eps for outcome in outcomes}, {len(outcome.fell) for outcome in outcomes}
+    if len(radii) > 1:
+        raise ValueError(f"outcomes must be at one eps, got {', '.join(f'{eps:g}' for eps in sorted(radii))}")
+    if len(counts) > 1:
+        raise ValueError(f"outcomes must be of the same images, got {', '.join(map(str, sorted(counts)))} of them")
+    return next(iter(radii), None)

@@ -44,7 +44,7 @@ _HOW_BAD: Final[dict[str, Callable[[dict[str, Any]], float]]] = {
     "large eps": lambda numbers: numbers["left"],
     "growing eps": lambda numbers: len(numbers["rises"]),
     "black box": lambda numbers: numbers["broken_by_black_box_alone"],
-    "convergence": lambda numbers: numbers["broken_by_one"],
+    "convergence": lambda numbers: numbers["broken_by_last"],
     "restarts": lambda numbers: numbers["broken_by_later_half"],
     "steps": lambda numbers: numbers["mean_log_odds"][1] - numbers["mean_log_odds"][-1],
 }

@@ -39,6 +39,7 @@ __all__ = [
     "read_settings",
     "settings_json",
     "sole_use",
+    "strange_best",
 ]
 
 SETTINGS: Final = "settings.json"
@@ -172,6 +173,18 @@ def read_last(folder: Path, settings: TrainingSettings) -> dict[str, Any]:
 def has_lost_best(folder: Path) -> bool:
     """Whether an epoch is done, but the model of the best is not there."""
     return (folder / LAST).exists() and not (folder / BEST).exists() and _lost_best(folder, _last(folder))
+
+
+def strange_best(folder: Path, settings: TrainingSettings) -> str | None:
+    """What is wrong with the model of the best epoch, in words; None where it is that of the run, or not there."""
+    if not (folder / BEST).exists():
+        return None
+    try:
+        about = _told(load_checkpoint(folder / BEST)["about"], folder / BEST)
+    except ValueError:
+        return f"a damaged {BEST}"
+    different = differences(about, _told(settings.as_json(), folder / SETTINGS))
+    return f"the {BEST} of another run ({'; '.join(different)})" if different else None
 
 
 def _lost_best(folder: Path, last: dict[str, Any]) -> bool:
