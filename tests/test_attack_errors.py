@@ -71,6 +71,8 @@ class TestBadInput:
 
     def test_what_model_and_loss_return(self) -> None:
         x, model = torch.zeros(2, 4), nn.Linear(4, 2)
+        with pytest.raises(TypeError, match="model must be callable, got None"):
+            pgd(None, x, LABELS, **self.GOOD)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="model must return a Tensor, got tuple"):
             pgd(lambda points: (model(points),), x, LABELS, **self.GOOD)
         with pytest.raises(TypeError, match="loss must return a Tensor, got float"):

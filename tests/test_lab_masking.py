@@ -394,7 +394,7 @@ CHECKS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_a_model_that_gives_nan_does_not_pass(model: nn.Module, images: Images, name: str) -> None:
-    with pytest.raises(FloatingPointError, match="NaN|not finite"):
+    with pytest.raises(FloatingPointError, match=r"NaN|not finite"):
         CHECKS[name](Broken(model, 1), *images)
 
 

@@ -192,8 +192,10 @@ def fgsm(
 def evaluation_mode(model: Model) -> Iterator[None]:
     """Run a block with the model in evaluation mode, then put every module back into the mode it had.
 
-    A callable that is no ``nn.Module`` is left alone, with the modules inside it.
+    A callable that is no ``nn.Module`` is left alone, with the modules inside it. TypeError for what is no callable.
     """
+    if not callable(model):
+        raise TypeError(f"model must be callable, got {model!r}")
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     modes = [module.training for module in modules]
     if isinstance(model, nn.Module):
