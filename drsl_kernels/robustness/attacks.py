@@ -192,10 +192,8 @@ def fgsm(
 def evaluation_mode(model: Model) -> Iterator[None]:
     """Run a block with the model in evaluation mode, then put every module back into the mode it had.
 
-    A callable that is no ``nn.Module`` is left alone, with the modules inside it. TypeError for what is no callable.
+    A callable that is no ``nn.Module`` is left alone, with the modules inside it.
     """
-    if not callable(model):
-        raise TypeError(f"model must be callable, got {model!r}")
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     modes = [module.training for module in modules]
     if isinstance(model, nn.Module):
@@ -256,6 +254,8 @@ def _look_with_gradient(
 
 def checked_logits(model: Model, points: Tensor, *, largest: dict[str, int]) -> Tensor:
     """What the model returns, if it is logits with a class for the largest label of each argument."""
+    if not callable(model):
+        raise TypeError(f"model must be callable, got {model!r}")
     logits = _tensor("model must return", model(points))
     if logits.dim() != 2 or logits.shape[0] != points.shape[0] or logits.shape[1] < 2:
         raise ValueError(
