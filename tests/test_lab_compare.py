@@ -329,6 +329,8 @@ class TestCascadeChecks:
         check = last_attack(result([(0, 0, 1)] * 20 + [(0, 1, 1)] * 5 + [STANDS] * 75), judging, 0)
         assert (check.outcome, check.numbers["after_the_first"]) == ("not run", 0.05)
         assert "pgd:ce, the last attack with gradients, still broke 0.0 % of the images" in check.sentence
+        few = result([(0, 0, 1)] * 10 + [(0, 1, 1)] * 5 + [(0, 2, 1)] + [STANDS] * 24)
+        assert last_attack(few, judging, 0).outcome == "not run"  # one image is no sign, of either
 
     @pytest.mark.parametrize("attacks", [("pgd:log_odds",), ("pgd:log_odds", "square"), ("pgd:log_odds", "fgsm:ce")])
     def test_one_attack_over_many_steps_tells_nothing(self, attacks: tuple[str, ...]) -> None:

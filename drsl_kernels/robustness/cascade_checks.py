@@ -72,10 +72,11 @@ def last_attack(result: RunResult, judging: Judging, radius: int) -> Check:
     name = made[-1][1].name
     found = f"{name}, the last attack with gradients, still broke {percent(last)} of the images"
     numbers = {"broken_by_last": last, "after_the_first": after_the_first, "attack": name}
-    if last <= FEW < after_the_first:
+    verdict = convergence_verdict(broken[-1], result.images, found, numbers, eps)
+    if verdict.outcome == "passed" and sum(broken[1:]) > 1 and after_the_first > FEW:
         means = f"all after the first {percent(after_the_first)}; whether it is the strongest drsl attack can tell"
         return Check("convergence", "not run", f"{found}, {means}", numbers, eps)
-    return convergence_verdict(broken[-1], result.images, found, numbers, eps)
+    return verdict
 
 
 def _with_gradients(judging: Judging) -> list[tuple[int, AnyAttack]]:

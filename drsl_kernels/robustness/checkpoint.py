@@ -8,6 +8,8 @@ data_dir, epoch, versions), "model" (its state_dict) and, in one that training c
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +24,7 @@ from .losses import TrainingLoss
 from .models import make_model
 from .storage import write_atomically
 
-__all__ = ["FORMAT", "LoadedModel", "load_checkpoint", "load_model", "save_checkpoint"]
+__all__ = ["FORMAT", "LoadedModel", "load_checkpoint", "load_model", "reading_state", "save_checkpoint"]
 
 FORMAT: Final = 1
 _KEYS: Final = {"format", "about", "model"}
@@ -67,6 +69,17 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
                 raise OSError(f"cannot write {path}: is the disk full? {str(error).partition(chr(10))[0]}") from error
 
     write_atomically(path, write)
+
+
+@contextmanager
+def reading_state(path: Path, remedy: str) -> Iterator[None]:
+    """What goes wrong while the state in a checkpoint is taken over becomes a ValueError that names file and remedy."""
+    try:
+        yield
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        what = f"{path} holds no state that this training could go on from"
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{what}, {type(error).__name__}: {reason}: {remedy}") from error
 
 
 def load_checkpoint(path: Path | str, *, command: str = "drsl train") -> dict[str, Any]:

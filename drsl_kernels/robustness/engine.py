@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from drsl_kernels import __version__
 
-from .checkpoint import FORMAT, save_checkpoint
+from .checkpoint import FORMAT, reading_state, save_checkpoint
 from .data import DatasetInfo, Split, dataset_info, load, noisy_labels
 from .distributed import World
 from .identity import digest_of_tensors
@@ -268,12 +268,8 @@ class _Training:
 
     def load(self, content: dict[str, Any]) -> None:
         """Stand where the run stood when it wrote this checkpoint. ValueError where that does not tell."""
-        try:
+        with reading_state(self.folder / LAST, ANEW):
             self._take(content["model"], content["state"])
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            what = f"{self.folder / LAST} holds no state that this training could go on from"
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"{what}, {type(error).__name__}: {reason}: {ANEW}") from error
 
     def _take(self, model: dict[str, Tensor], state: dict[str, Any]) -> None:
         self.model.load_state_dict(model)

@@ -29,9 +29,16 @@ from .attacks import (
 )
 from .balls import lengths
 
-__all__ = ["Attack", "Search", "WorstCase", "all_logits", "check_batch_size", "second_largest_softmax", "worst_case"]
-
-_NAN: Final = "the model's logits are NaN; look at its weights"
+__all__ = [
+    "Attack",
+    "Search",
+    "WorstCase",
+    "all_logits",
+    "check_batch_size",
+    "refuse_nan",
+    "second_largest_softmax",
+    "worst_case",
+]
 
 # Rounding may carry a point so far out of its ball, in units of eps: a few bits of float32.
 _SLACK: Final = 1e-4
@@ -179,23 +186,29 @@ def second_largest_softmax(model: Model, x: Tensor, *, batch_size: int = 256) ->
 
     It is near 0 where the model is sure of one class, and at most 1/2, where two classes tie.
     """
-    check_batch_size(batch_size)
     return all_logits(model, x, batch_size, largest={}).softmax(1).topk(2, dim=1).values[:, 1]
 
 
 def check_batch_size(batch_size: int) -> int:
-    if integer("batch_size", batch_size) < 1:
+    checked = integer("batch_size", batch_size)
+    if checked < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size!r}")
-    return integer("batch_size", batch_size)
+    return checked
 
 
 def all_logits(model: Model, x: Tensor, batch_size: int, *, largest: dict[str, int]) -> Tensor:
     """The logits of all samples, checked as by `checked_logits`, in evaluation mode and without a gradient."""
+    batch_size = check_batch_size(batch_size)
     with evaluation_mode(model), torch.no_grad():
         logits = torch.cat([checked_logits(model, part, largest=largest) for part in torch.split(x, batch_size)])
-    if logits.isnan().any():
-        raise FloatingPointError(_NAN)
+    refuse_nan(logits)
     return logits
+
+
+def refuse_nan(values: Tensor) -> None:
+    """FloatingPointError where logits, or what was computed from them, are NaN."""
+    if values.isnan().any():
+        raise FloatingPointError("the model's logits are NaN; look at its weights")
 
 
 class Search:
@@ -251,8 +264,7 @@ class Search:
 
     def _margins(self, x: Tensor, y: Tensor) -> Tensor:
         margins = margins_of(all_logits(self.model, x, self.batch_size, largest=self.largest), y)
-        if margins.isnan().any():  # infinite logits
-            raise FloatingPointError(_NAN)
+        refuse_nan(margins)  # of infinite logits
         return margins
 
     def _check_inside(self, found: Tensor, x: Tensor, attack: AnyAttack, eps: float) -> None:

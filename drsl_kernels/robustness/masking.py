@@ -2,8 +2,8 @@
 
 Each check is a function that returns a `Check`: an outcome, a sentence for the reader, and the numbers behind it. None
 of them proves a figure; each that warns is a reason to doubt it. Samples and labels that `pgd` does not take, or none,
-are errors, and so are logits that are NaN. Relies
-on `evaluate`, `attack_table` and `masking_parts`; `attack_run` and `run_checks` rely on it.
+are errors, and so are logits that are NaN. Relies on `evaluate`, `attack_table` and `masking_parts`; `attack_run` and
+`run_checks` rely on it.
 
 Sources: Athalye et al., arXiv 1802.00420, section 3.1; Carlini et al., arXiv 1902.06705, sections 4 and 5.
 """
@@ -26,7 +26,7 @@ from .attack_losses import AttackLossName, margins_of
 from .attack_objects import REACH
 from .attack_table import AttackOutcome, AttackTable, run_attack
 from .attacks import Model, Norm, check_samples, checked_logits, evaluation_mode, largest_label, pgd
-from .evaluate import Attack, all_logits, check_batch_size
+from .evaluate import Attack, all_logits, check_batch_size, refuse_nan
 from .masking_parts import (
     FEW,
     Check,
@@ -338,8 +338,7 @@ def _zero_gradients(
         for points, labels in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
             inputs = points.detach().clone().requires_grad_()
             losses = loss(checked_logits(model, inputs, largest=largest), labels.clone())
-            if losses.isnan().any():
-                raise FloatingPointError("the model's logits are NaN; look at its weights")
+            refuse_nan(losses)
             gradient = None
             if losses.requires_grad:
                 (gradient,) = torch.autograd.grad(losses.sum(), inputs, allow_unused=True)

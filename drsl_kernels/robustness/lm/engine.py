@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from drsl_kernels import __version__
 
 from ..attacks import evaluation_mode
-from ..checkpoint import FORMAT, save_checkpoint
+from ..checkpoint import FORMAT, reading_state, save_checkpoint
 from ..distributed import World
 from ..optimisation import set_learning_rate
 from ..progress import Progress
@@ -269,12 +269,8 @@ class _Training:
 
     def load(self, content: dict[str, Any]) -> None:
         """Stand where the run stood when it wrote this checkpoint. ValueError where that does not tell."""
-        try:
+        with reading_state(self.folder / LAST, REMEDY):
             self._take(content["model"], content["state"])
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            what = f"{self.folder / LAST} holds no state that this training could go on from"
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"{what}, {type(error).__name__}: {reason}: {REMEDY}") from error
 
     def _take(self, model: dict[str, Any], state: dict[str, Any]) -> None:
         self.placement.load(self.model, self.optimizer, {"model": model, "optimizer": state["optimizer"]})
